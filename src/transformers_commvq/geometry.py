@@ -1,0 +1,203 @@
+"""Reads a transformers model: its attention layers, its RoPE, what a codebook must fit. Changes nothing."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import get_layer_types_and_kwargs
+
+from .codebook import ModelGeometry
+from .config import UnsupportedModelError
+from .rope import Rope
+
+# Keys of these models are not "one RoPE over a plain key": latent attention, layers without RoPE, or a norm after it.
+_REFUSED = {
+    "deepseek_v2": "multi-head latent attention keeps a latent vector, not keys",
+    "deepseek_v3": "multi-head latent attention keeps a latent vector, not keys",
+    "llama4_text": "chunked attention with layers that have no RoPE",
+    "cohere2": "its full-attention layers have no RoPE",
+    "exaone4": "its full-attention layers have no RoPE",
+    "hunyuan_v1_dense": "it normalizes keys after RoPE",
+    "hunyuan_v1_moe": "it normalizes keys after RoPE",
+}
+
+
+@dataclass(frozen=True)
+class RopeReading:
+    """How one attention class uses the (cos, sin) it is handed.
+
+    rope: the pairs.
+    columns: which columns of cos and sin, (..., width), hold one value a pair.
+    width: columns of cos and sin.
+    """
+
+    rope: Rope
+    columns: slice
+    width: int
+
+    def compact(self, table: torch.Tensor) -> torch.Tensor:
+        """cos or sin as the model passes them, (..., width) -> (..., pairs)."""
+        return table[..., self.columns]
+
+
+def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
+    """The decoder's self-attention modules by layer index.
+
+    Raises:
+        UnsupportedModelError: none is found, or they do not take ``position_embeddings``.
+    """
+    found: dict[int, nn.Module] = {}
+    for module in model.modules():
+        index = getattr(module, "layer_idx", None)
+        if not isinstance(index, int) or "Attention" not in type(module).__name__ or not hasattr(module, "config"):
+            continue
+        names = inspect.signature(module.forward).parameters
+        if "position_embeddings" in names and not getattr(module, "is_cross_attention", False):
+            found[index] = module
+    if not found:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no attention layer that takes rotary position_embeddings; CommVQ needs a "
+            "RoPE model whose attention follows transformers' AttentionInterface. Fix: use kv_cache=None for it."
+        )
+    return found
+
+
+def rotary_modules(model: nn.Module) -> list[nn.Module]:
+    """Modules that compute (cos, sin); most models have one."""
+    return [
+        m
+        for m in model.modules()
+        if "RotaryEmbedding" in type(m).__name__ and any(n.endswith("inv_freq") for n, _ in m.named_buffers())
+    ]
+
+
+def frequencies(rotary: nn.Module, layer_type: str | None = None) -> tuple[torch.Tensor, float]:
+    """(inv_freq (pairs,), attention scaling) that a rotary module uses for a layer type now."""
+    prefix = f"{layer_type}_" if layer_type and hasattr(rotary, f"{layer_type}_inv_freq") else ""
+    scaling = getattr(rotary, f"{prefix}attention_scaling", getattr(rotary, "attention_scaling", 1.0))
+    return getattr(rotary, f"{prefix}inv_freq"), float(scaling)
+
+
+def read_rope(attention: nn.Module, head_dim: int, width: int) -> RopeReading:
+    """Find the pairs by feeding unit vectors to the modeling file's own ``apply_rotary_pos_emb``.
+
+    width: columns of the model's cos and sin.
+
+    Raises:
+        UnsupportedModelError: no such function, another signature, or pairs this package does not know.
+    """
+    name = type(attention).__name__
+    apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+    if apply is None:
+        raise UnsupportedModelError(f"{name}: its modeling file has no apply_rotary_pos_emb, so RoPE cannot be read.")
+    dim = getattr(attention, "rotary_ndims", head_dim)
+    unit = torch.eye(dim)[None, None]  # token t is unit vector t
+    zero, one = torch.zeros(1, dim, width), torch.ones(1, dim, width)
+    label = torch.arange(1.0, width + 1).expand(1, dim, width)
+    try:
+        turned = apply(unit, unit, zero, one)[1][0, 0]
+        scaled = apply(unit, unit, label, zero)[1][0, 0].diagonal()
+    except (TypeError, RuntimeError, ValueError, AttributeError, IndexError) as error:
+        raise UnsupportedModelError(
+            f"{name}: apply_rotary_pos_emb does not take plain (q, k, cos, sin): {error}."
+        ) from error
+    rotary_dim = int((turned.diagonal() == 0).sum())
+    for layout in ("half", "interleaved"):
+        rope = Rope(layout, max(rotary_dim, 2))
+        expected = torch.eye(dim)
+        expected = rope.rotate(expected, torch.zeros(rope.pairs), torch.ones(rope.pairs))
+        if rotary_dim and torch.equal(expected, turned):
+            first = scaled[:2].long() - 1 if layout == "half" else scaled[:4:2].long() - 1
+            step = int(first[1] - first[0]) if rope.pairs > 1 else 1
+            columns = slice(int(first[0]), int(first[0]) + step * rope.pairs, step)
+            return RopeReading(rope, columns, width)
+    raise UnsupportedModelError(f"{name}: rotates pairs of elements this package does not know.")
+
+
+def rope_parameters(config: Any, layer_type: str = "full_attention") -> dict[str, Any]:
+    """The model config's own description of the RoPE its compressed layers use."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    if layer_type in parameters:
+        parameters = parameters[layer_type]
+    return {k: v for k, v in sorted(parameters.items()) if isinstance(v, (str, int, float, list, tuple))}
+
+
+def compressed_layers(config: Any) -> tuple[int, ...]:
+    """Indices of the full-attention layers; the others keep their own cache."""
+    types, _ = get_layer_types_and_kwargs(config)
+    return tuple(i for i, t in enumerate(types) if t == "full_attention")
+
+
+def head_dimension(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+@dataclass(frozen=True)
+class ModelReading:
+    """All that the cache, calibration and integration need to know of a model.
+
+    attention: layer index -> attention module, compressed layers only.
+    """
+
+    geometry: ModelGeometry
+    rope: RopeReading
+    attention: dict[int, nn.Module]
+    rotary: list[nn.Module]
+
+
+def read_model(model: PreTrainedModel, base_model: str | None = None) -> ModelReading:
+    """Describe a model.
+
+    base_model: Hub id; by default what the model was loaded from.
+
+    Raises:
+        UnsupportedModelError: with the reason, when its cache cannot be compressed.
+    """
+    config = model.config.get_text_config(decoder=True)
+    if reason := _REFUSED.get(config.model_type):
+        raise UnsupportedModelError(f"{config.model_type} models are not supported: {reason}.")
+    if not model._can_set_attn_implementation():
+        raise UnsupportedModelError(f"{type(model).__name__} does not use transformers' AttentionInterface.")
+    layers = compressed_layers(config)
+    if not layers:
+        raise UnsupportedModelError(f"{type(model).__name__} has no full-attention layer whose cache could be compressed.")
+    modules = attention_modules(model)
+    if missing := [i for i in layers if i not in modules]:
+        raise UnsupportedModelError(f"{type(model).__name__}: layers {missing} have no attention module that uses RoPE.")
+    if bare := [i for i in layers if not getattr(modules[i], "use_rope", True)]:
+        raise UnsupportedModelError(f"{type(model).__name__}: layers {bare} have no RoPE.")
+    rotary = rotary_modules(model)
+    if not rotary:
+        raise UnsupportedModelError(f"{type(model).__name__} has no rotary embedding module.")
+    dim = head_dimension(config)
+    reading = read_rope(modules[layers[0]], dim, _table_width(rotary[0]))
+    geometry = ModelGeometry(
+        id=base_model or str(getattr(model.config, "_name_or_path", "") or type(model).__name__),
+        revision=None,
+        model_type=config.model_type,
+        num_hidden_layers=config.num_hidden_layers,
+        layers=layers,
+        num_key_value_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        head_dim=dim,
+        rope={**reading.rope.to_dict(), "parameters": rope_parameters(config)},
+    )
+    return ModelReading(geometry, reading, {i: modules[i] for i in layers}, rotary)
+
+
+def _table_width(rotary: nn.Module) -> int:
+    """Columns of the cos this module returns."""
+    buffer = next(b for n, b in rotary.named_buffers() if n.endswith("inv_freq"))
+    x, positions = torch.zeros(1, 1, 1, device=buffer.device), torch.zeros(1, 1, dtype=torch.long, device=buffer.device)
+    kwargs = {"layer_type": "full_attention"} if "layer_type" in inspect.signature(rotary.forward).parameters else {}
+    try:
+        return rotary(x, positions, **kwargs)[0].shape[-1]
+    except (TypeError, RuntimeError, IndexError, AttributeError) as error:
+        raise UnsupportedModelError(
+            f"{type(rotary).__name__} does not take plain (x, position_ids): multi-axis RoPE is not supported ({error})."
+        ) from error
