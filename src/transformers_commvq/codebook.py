@@ -96,10 +96,13 @@ class SignBook:
 
 @dataclass
 class LayerBook:
-    """The codebooks of one attention layer."""
+    """The codebooks of one attention layer. Never changed once made, so copies of a cache share it."""
 
     keys: SignBook
     values: SignBook
+
+    def __deepcopy__(self, memo: dict) -> LayerBook:
+        return self
 
     @property
     def token_bytes(self) -> int:
@@ -151,6 +154,9 @@ class Codebook:
     calibration: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
     sha256: str | None = None  # of the tensor file this was read from
+
+    def __deepcopy__(self, memo: dict) -> Codebook:
+        return self
 
     @property
     def bits(self) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,7 @@ class CommVQConfig(QuantizationConfigMixin):
         ConfigError: a field is outside its domain.
     """
 
+    quant_method: str = field(default=METHOD, init=False, repr=False)  # the mixin's field, which its registry reads
     method: str = METHOD
     bits: float = 2.0
     codebook: str | None = None
@@ -76,7 +77,6 @@ class CommVQConfig(QuantizationConfigMixin):
     learn: bool = False
 
     def __post_init__(self):
-        self.quant_method = METHOD  # the key under which transformers registers quantization configs
         if self.method != METHOD:
             raise ConfigError(f"method={self.method!r}: this package provides {METHOD!r} only. Fix: leave method out.")
         if isinstance(self.bits, bool) or not isinstance(self.bits, (int, float)) or not 0.25 <= self.bits <= 8:
@@ -99,7 +99,7 @@ class CommVQConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain json, with ``quant_method`` for transformers' registry."""
-        return {**asdict(self), "quant_method": METHOD}
+        return asdict(self)
 
     @classmethod
     def from_spec(cls, spec: CommVQConfig | dict | str | Path | bool) -> CommVQConfig:
@@ -117,7 +117,7 @@ class CommVQConfig(QuantizationConfigMixin):
         if isinstance(spec, (str, Path)):
             return cls(codebook=str(spec))
         if isinstance(spec, dict):
-            known = {f.name for f in fields(cls)}
+            known = {f.name for f in fields(cls) if f.init}
             unknown = sorted(set(spec) - known - {"quant_method"})
             if unknown:
                 raise ConfigError(f"kv_cache has unknown fields {unknown}; known fields: {sorted(known)}.")

@@ -166,10 +166,14 @@ def read_model(model: PreTrainedModel, base_model: str | None = None) -> ModelRe
         raise UnsupportedModelError(f"{type(model).__name__} does not use transformers' AttentionInterface.")
     layers = compressed_layers(config)
     if not layers:
-        raise UnsupportedModelError(f"{type(model).__name__} has no full-attention layer whose cache could be compressed.")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no full-attention layer whose cache could be compressed."
+        )
     modules = attention_modules(model)
     if missing := [i for i in layers if i not in modules]:
-        raise UnsupportedModelError(f"{type(model).__name__}: layers {missing} have no attention module that uses RoPE.")
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: layers {missing} have no attention module that uses RoPE."
+        )
     if bare := [i for i in layers if not getattr(modules[i], "use_rope", True)]:
         raise UnsupportedModelError(f"{type(model).__name__}: layers {bare} have no RoPE.")
     rotary = rotary_modules(model)

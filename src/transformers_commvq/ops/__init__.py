@@ -1,0 +1,80 @@
+"""Operations on codes. ``encode`` and ``attention`` choose a backend; the others are their parts.
+
+Backends of attention over codes, all held to ``reference`` by one grid of tests:
+    reference   decode everything; the definition
+    blockwise   plain torch, one block of decoded keys at a time; any device
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+
+from ..config import ConfigError
+from .attention_cpu import attention_blockwise
+from .attention_exact import attention_exact
+from .attention_reference import attention_reference, decoded_keys_values
+from .codec import KINDS, CodeKind, decode, encode, kind_of
+from .merge import OnlineSoftmax, merge
+from .past import CodedPast
+
+BACKENDS: dict[str, Callable] = {"reference": attention_reference, "blockwise": attention_blockwise}
+_forced: ContextVar[str | None] = ContextVar("transformers_commvq_backend", default=None)
+
+
+def choose_backend(query: torch.Tensor, past: CodedPast) -> str:
+    """The backend ``attention`` will use for these inputs."""
+    return _forced.get() or "blockwise"
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force one backend inside a ``with`` block, in this thread only.
+
+    Raises ConfigError for a name that does not exist.
+    """
+    if name not in BACKENDS:
+        raise ConfigError(f"attention backend {name!r} does not exist; there are {sorted(BACKENDS)}.")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def attention(
+    query: torch.Tensor,
+    past: CodedPast,
+    mask: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of queries over a compressed past; nothing of the past's full size is rebuilt.
+
+    query: (batch, heads, queries, head_dim), after RoPE; heads a multiple of the past's.
+    mask: bool (True is visible) or additive float, (batch or 1, heads or 1, queries or 1, >= past.length), or None.
+    Returns (out float32 (batch, heads, queries, head_dim), normalized over the past alone;
+        lse float32 (batch, heads, queries), natural log-sum-exp of the scaled scores, -inf if nothing is visible).
+    """
+    return BACKENDS[choose_backend(query, past)](query, past, mask, scaling, softcap)
+
+
+__all__ = [
+    "BACKENDS",
+    "KINDS",
+    "CodeKind",
+    "CodedPast",
+    "OnlineSoftmax",
+    "attention",
+    "attention_exact",
+    "backend",
+    "choose_backend",
+    "decode",
+    "decoded_keys_values",
+    "encode",
+    "kind_of",
+    "merge",
+]

@@ -1,0 +1,140 @@
+"""The "commvq" attention function: exact attention over what is held in full, merged with attention over codes."""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache as cache_results
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from .cache import Call, CommVQCache, CommVQLayer, current
+from .config import METHOD, CacheUseError
+from .ops import attention, attention_exact, merge
+
+
+def commvq_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention as transformers calls it.
+
+    query: (batch, heads, new, head_dim); key, value: (batch, kv_heads, new or all tokens, head_dim), after RoPE.
+    attention_mask: (batch, 1, new, all tokens), True or 0 where visible, or None for plain causal attention.
+    softcap: bound of the logits (Gemma 2). s_aux: (heads,) logit of a sink that holds no token (GPT-OSS).
+    Returns (output (batch, new, heads, head_dim), None).
+    """
+    call = current.call
+    call = call if call is not None and call.module is module and call.past >= 0 and call.fused else None
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    past = call.past if call else key.shape[2] - query.shape[2]
+    plain = softcap is None and s_aux is None
+    if plain and (call is None or past == 0):
+        out, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    else:
+        if dropout:
+            raise CacheUseError(f"attention dropout {dropout} with a cache, softcap or sinks. Fix: call model.eval().")
+        out = _merged(call.layer if call else None, query, key, value, attention_mask, past, scaling, softcap, s_aux)
+    if call:
+        call.layer.append(key, value, attention_mask)
+        call.past = -1  # consumed
+    return out, None
+
+
+def _merged(layer: CommVQLayer | None, query, key, value, mask, past, scaling, softcap, s_aux) -> torch.Tensor:
+    """Attention over codes, sinks, window and new tokens, each token counted once."""
+    batch, heads, new, _ = query.shape
+    if mask is None and new > 1:
+        token = torch.arange(past + new, device=query.device)
+        mask = (token <= token[-new:, None])[None, None]
+    mask = None if mask is None else _bias(mask[..., : past + new])
+    if layer is None:
+        out, lse = attention_exact(query, key, value, mask, scaling, softcap)
+    else:
+        coded = layer.coded
+        keys, values = torch.cat([layer.keys, key], 2), torch.cat([layer.values, value], 2)
+        bias = None if mask is None else mask[..., coded:]
+        if coded and layer.sink_tokens:
+            sink_keys, sink_values, token, held = layer.sinks()
+            keys, values = torch.cat([sink_keys, keys], 2), torch.cat([sink_values, values], 2)
+            bias = torch.cat(
+                [_sink_bias(mask, token, held, new), _full(bias, batch, new, past + new - coded, query)], 3
+            )
+        out, lse = attention_exact(query, keys, values, bias, scaling, softcap)
+        if coded:
+            out, lse = merge(out, lse, *attention(query, layer.coded_past(), mask, scaling, softcap))
+    if s_aux is not None:  # one more logit in the softmax, with nothing behind it
+        aux = s_aux.float().view(1, heads, 1).expand_as(lse)
+        out, lse = merge(out, lse, torch.zeros_like(out), aux)
+    return out.to(query.dtype).transpose(1, 2).contiguous()
+
+
+def _bias(mask: torch.Tensor) -> torch.Tensor:
+    if mask.dtype != torch.bool:
+        return mask.float()
+    return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)
+
+
+def _full(bias: torch.Tensor | None, batch: int, new: int, tokens: int, like: torch.Tensor) -> torch.Tensor:
+    shape = (batch, 1, new, tokens)
+    return torch.zeros(shape, device=like.device) if bias is None else bias.expand(shape)
+
+
+def _sink_bias(mask: torch.Tensor | None, token: torch.Tensor, held: torch.Tensor, new: int) -> torch.Tensor:
+    """Additive mask of the sink slots, (batch, 1, new, sinks): their tokens' own, and -inf for a slot not in use."""
+    batch, sinks = token.shape
+    unused = torch.zeros(batch, 1, 1, sinks, device=token.device).masked_fill_(~held[:, None, None], -torch.inf)
+    if mask is None:
+        return unused.expand(batch, 1, new, sinks)
+    rows = mask.expand(batch, 1, new, -1)
+    index = token.clamp(0, mask.shape[-1] - 1)[:, None, None].expand(batch, 1, new, sinks)
+    return rows.gather(3, index) + unused
+
+
+def before_attention(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Forward pre-hook of attention modules: tells the cache layer about to be updated where its tokens stand."""
+    current.call = None
+    given = dict(zip(_parameter_names(type(module)), args, strict=False)) | kwargs
+    cache = next((v for v in given.values() if isinstance(v, CommVQCache)), None)
+    layer = cache.layers[module.layer_idx] if cache is not None else None
+    if not isinstance(layer, CommVQLayer):
+        return
+    cos, sin = (layer.rope.compact(t if t.dim() == 3 else t[None]) for t in given["position_embeddings"])
+    positions, mask = given.get("position_ids"), given.get("attention_mask")
+    fused = module.config._attn_implementation == METHOD
+    current.call = Call(module, layer, cos, sin, positions, mask, fused)
+
+
+@cache_results
+def _parameter_names(cls: type[nn.Module]) -> tuple[str, ...]:
+    return tuple(inspect.signature(cls.forward).parameters)[1:]
+
+
+def after_attention(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    """Forward hook of attention modules: new tokens handed out must have come back."""
+    call, current.call = current.call, None
+    if call is not None and call.module is module and call.fused and call.past >= 0:
+        raise CacheUseError(
+            f"{type(module).__name__} updated a CommVQCache but did not call the {METHOD!r} attention function. "
+            "Fix: enable(model) again, or report this model as unsupported."
+        )
+
+
+def register() -> None:
+    """Make "commvq" a known attention implementation; doing it again changes nothing."""
+    AttentionInterface.register(METHOD, commvq_attention)
+    AttentionMaskInterface.register(METHOD, sdpa_mask)  # without it masks would silently be None
