@@ -1,0 +1,113 @@
+import itertools
+
+import pytest
+import torch
+from books import sign_book
+
+from transformers_commvq import CodebookFormatError
+from transformers_commvq.ops import decode, encode, kind_of
+from transformers_commvq.ops.encode import choose_signs
+
+
+def error(x, codes, book):
+    """Mean squared error in the book's metric, (batch, heads, tokens)."""
+    e = x.float() - decode(codes, book)
+    m = torch.eye(e.shape[-1]) if book.metric is None else book.metric.float()[:, None]
+    return (e.unsqueeze(-2) @ m @ e.unsqueeze(-1))[..., 0, 0]
+
+
+def plain_encode(x, book, sweeps=3, group=4):
+    """The same algorithm as a loop over tokens, heads and groups of signs, each group by exhaustion."""
+    out = torch.zeros(*x.shape[:3], book.layout.max_bits)
+    rows, start = [], 0
+    for n in book.layout.bits:
+        rows.append(book.vectors[start : start + n].float())
+        start += n
+    for b, h, t in itertools.product(*map(range, x.shape[:3])):
+        c = rows[h]
+        m = torch.eye(x.shape[-1]) if book.metric is None else book.metric[h].float()
+        m = (m + m.T) / 2
+        target, s = x[b, h, t] - book.mean[h], torch.zeros(len(c))
+        for _ in range(1 + sweeps):
+            for a in range(0, len(c), group):
+                best = None
+                for p in itertools.product((1.0, -1.0), repeat=group):
+                    trial = s.clone()
+                    trial[a : a + group] = torch.tensor(p)
+                    e = target - trial @ c
+                    loss = float(e @ m @ e)
+                    best = min(best or (loss, trial), (loss, trial), key=lambda v: v[0])
+                s = best[1]
+        out[b, h, t, : len(c)] = s
+    return out
+
+
+@pytest.mark.parametrize("metric", [False, True])
+@pytest.mark.parametrize("bits", [(8,), (16, 8), (8, 24, 8)])
+def test_equals_the_plain_loop(bits, metric):
+    book = sign_book(bits, 8, seed=1, metric=metric)
+    if metric:
+        book.metric = (book.metric + book.metric.transpose(1, 2)) / 2
+    x = torch.randn(2, len(bits), 3, 8, generator=torch.Generator().manual_seed(2)) + book.mean[:, None]
+    from transformers_commvq.packing import pack
+
+    want = error(x, pack(plain_encode(x, book), book.layout), book)
+    torch.testing.assert_close(error(x, encode(x, book), book), want, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 700), (3, 130), (5, 7)])
+def test_no_single_flip_helps_much(shape, dtype):
+    """Coordinate descent ends near a local minimum, whatever the batch, length, dtype and chunking."""
+    book = sign_book((24, 40), 16, metric=True)
+    x = (torch.randn(shape[0], 2, shape[1], 16) + book.mean[:, None]).to(dtype)
+    codes = encode(x, book)
+    assert codes.shape == (*shape, 8) and codes.dtype == torch.uint8
+    base = error(x, codes, book)
+    worse = torch.zeros_like(base)
+    for byte, bit in itertools.product(range(8), range(8)):
+        flipped = codes.clone()
+        flipped[..., byte] ^= 1 << bit
+        worse = torch.maximum(worse, base - error(x, flipped, book))
+    assert (worse > 1e-3 * base).float().mean() < 0.1  # three sweeps leave few tokens with a flip to gain
+    assert worse.mean() < 0.02 * base.mean()
+
+
+def test_chunks_do_not_change_codes():
+    book = sign_book((16, 32), 16)
+    x = torch.randn(1, 2, 600, 16)
+    assert torch.equal(encode(x, book)[:, 500:], encode(x[:, :, 500:], book))
+
+
+def test_rows_do_not_change_each_other():
+    book = sign_book((16, 32), 16)
+    x = torch.randn(4, 2, 50, 16)
+    assert torch.equal(encode(x, book)[2:3], encode(x[2:3], book))
+
+
+def test_codes_beat_chance_and_more_bits_beat_fewer():
+    x = torch.randn(1, 1, 500, 16)
+    losses = []
+    for bits in (8, 16, 32, 64):
+        book = sign_book((bits,), 16)
+        book.mean.zero_()
+        losses.append(float(error(x, encode(x, book), book).mean()))
+    assert losses == sorted(losses, reverse=True) and losses[0] < 16 * 0.85 and losses[-1] < 16 * 0.1
+
+
+def test_warm_start_never_loses():
+    torch.manual_seed(0)
+    c = torch.randn(1, 24, 12)
+    y = torch.randn(1, 200, 12)
+    gram = c @ c.transpose(1, 2)
+    start = torch.randn(1, 200, 24).sign()
+    before = ((y - start @ c) ** 2).sum(-1)
+    after = ((y - choose_signs((y - start @ c) @ c.transpose(1, 2), gram, start.clone()) @ c) ** 2).sum(-1)
+    assert (after <= before + 1e-4).all() and after.mean() < before.mean()
+
+
+def test_unknown_kind_is_refused():
+    book = sign_book((8,), 8)
+    book.kind = "index"
+    with pytest.raises(CodebookFormatError, match="index"):
+        kind_of(book)
