@@ -1,0 +1,302 @@
+"""A model and text -> what the learner needs of each layer: keys before RoPE, values, and how much their errors cost.
+
+Everything is recorded at the attention seam: while calibration runs, and only then, the model attends through a
+function of ours, which sees each layer's rotated queries and keys; pre-hooks hand it the layer's cos and sin. Errors
+are counted only where the cache will use codes: between a query and keys that are neither sinks nor among the newest
+``residual_length`` tokens (docs/learning-experiments.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
+
+from .codebook import ModelGeometry
+from .config import CommVQError, ConfigError
+from .geometry import ModelReading, read_model
+
+IMPLEMENTATION = "commvq_calibration"
+
+
+class CalibrationError(CommVQError, RuntimeError):
+    """The model ran, but its attention could not be recorded."""
+
+
+@dataclass
+class LayerSample:
+    """What was recorded of one layer.
+
+    keys, values: (kv heads, tokens, head_dim) float32; keys before RoPE; sink tokens left out.
+    key_metric, value_metric: (kv heads, head_dim, head_dim) float32, the second-order cost of an error, in nats:
+        E[g g^T] with g the gradient of the loss, or its estimate from queries where there are no gradients.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    key_metric: torch.Tensor
+    value_metric: torch.Tensor
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {k: v.contiguous() for k, v in vars(self).items()}
+
+
+@dataclass
+class CalibrationPlan:
+    """How much is recorded.
+
+    samples: tokens kept of each layer.
+    metric_windows, metric_length: how many windows get a backward pass (0: no gradients at all), and how many of
+        their tokens, since every layer's attention probabilities are held until then.
+    sink_tokens, residual_length: as the cache will be used.
+
+    Raises ConfigError for values outside their domain.
+    """
+
+    samples: int = 16384
+    metric_windows: int = 16
+    metric_length: int = 512
+    sink_tokens: int = 4
+    residual_length: int = 128
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.samples < 256:
+            raise ConfigError(
+                f"samples={self.samples}: too few tokens to learn from. Fix: 256 or more (default 16384)."
+            )
+        for name in ("metric_windows", "sink_tokens", "residual_length"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)}: expected 0 or more.")
+
+
+class _Recorder:
+    """State of one calibration run; ``attend`` is the attention function."""
+
+    def __init__(self, reading: ModelReading, plan: CalibrationPlan, keep: int):
+        self.reading, self.plan, self.keep = reading, plan, keep
+        self.layer_of = {id(module): i for i, module in reading.attention.items()}
+        self.tables: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.keys: dict[int, list[torch.Tensor]] = {i: [] for i in reading.attention}
+        self.values: dict[int, list[torch.Tensor]] = {i: [] for i in reading.attention}
+        self.metrics: dict[tuple[int, str], torch.Tensor] = {}
+        self.weight = 0  # tokens that entered the metrics
+        self.generator = torch.Generator().manual_seed(plan.seed)
+        self.positions = torch.empty(0, dtype=torch.long)
+
+    def begin(self, tokens: int) -> None:
+        """A new window: draw which of its tokens are kept, the same ones in every layer."""
+        sinks = self.plan.sink_tokens
+        count = min(self.keep, tokens - sinks)
+        self.positions = (torch.randperm(tokens - sinks, generator=self.generator)[:count] + sinks).sort().values
+
+    def attend(self, module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, **kwargs):
+        """transformers' attention signature: query (batch, heads, tokens, head_dim) -> (batch, tokens, heads, head_dim)."""
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        layer = self.layer_of.get(id(module))
+        if layer is None:
+            return explicit_attention(query, key, value, attention_mask, scaling, **kwargs), None
+        if layer not in self.tables:
+            raise CalibrationError(f"layer {layer}: no position_embeddings reached its attention module.")
+        cos, sin = (table.to(query)[:, None] for table in self.tables.pop(layer))
+        watch = None
+        if key.requires_grad:
+            watch = self._gradients(layer, query.detach(), cos, sin, scaling)
+        else:
+            self._record(layer, key, value, cos, sin)
+            if not self.plan.metric_windows:
+                self._query_moments(layer, query, value, scaling)
+        return explicit_attention(query, key, value, attention_mask, scaling, watch=watch, **kwargs), None
+
+    def _record(self, layer, key, value, cos, sin):
+        key = self.reading.rope.rope.unrotate(key, cos, sin)
+        kept = self.positions.to(key.device)
+        for store, x in ((self.keys, key), (self.values, value)):
+            store[layer].append(x[:, :, kept].transpose(0, 1).flatten(1, 2).float().cpu())
+
+    def _add(self, layer: int, side: str, block: torch.Tensor) -> None:
+        block = block.double().cpu()
+        self.metrics[layer, side] = self.metrics.get((layer, side), 0) + block
+
+    def _gradients(self, layer, query, cos, sin, scaling):
+        heads, rope = self.reading.geometry.num_key_value_heads, self.reading.rope.rope
+
+        def far_sum(weights, rows):
+            """sum over far queries and the query heads of a KV head: (b, H, q, k), (b, H, q, d) -> (b, heads, k, d)."""
+            far = weights.tril(-max(self.plan.residual_length, 1))
+            return (far.transpose(-1, -2) @ rows).unflatten(1, (heads, -1)).sum(2)
+
+        def add(side, g):
+            g = g[:, :, self.plan.sink_tokens :].transpose(0, 1).flatten(1, 2).float()
+            self._add(layer, side, g.transpose(1, 2) @ g)
+
+        def on_scores(grad):
+            add("keys", rope.pull_back(far_sum(grad, query) * scaling, cos, sin))
+
+        def on_output(grad, probabilities):
+            add("values", far_sum(probabilities.detach(), grad))
+
+        return on_scores, on_output
+
+    def _query_moments(self, layer, query, value, scaling):
+        """Without gradients: an error dk moves a logit by q . dk, and that moves the output along a value's spread."""
+        heads, rope = self.reading.geometry.num_key_value_heads, self.reading.rope.rope
+        re, im, rest = rope.split(query.float())
+        pair = (re.square() + im.square()) / 2
+        moment = rope.join(pair, pair, rest.square()).unflatten(1, (heads, -1)).sum((0, 2, 3))
+        spread = value.float().var((0, 2)).sum(-1)  # (kv heads,)
+        self._add(layer, "keys", torch.diag_embed(moment * scaling**2 * spread[:, None]))
+        tokens = query.shape[0] * query.shape[2] * (query.shape[1] // heads)
+        self._add(layer, "values", torch.eye(value.shape[-1]).expand(heads, -1, -1) * tokens)
+
+    def samples(self) -> dict[int, LayerSample]:
+        out = {}
+        for i in self.reading.attention:
+            metrics = [(self.metrics[i, side] / self.weight).float() for side in ("keys", "values")]
+            out[i] = LayerSample(torch.cat(self.keys.pop(i), 1), torch.cat(self.values.pop(i), 1), *metrics)
+        return out
+
+
+def explicit_attention(query, key, value, mask, scaling, watch=None, softcap=None, s_aux=None, **_):
+    """Softmax attention written out, so that gradients at the scores can be watched; the arguments of eager attention.
+
+    query: (batch, heads, queries, head_dim); key, value: (batch, kv heads, keys, head_dim).
+    mask: bool (True attends) or additive, or None for causal.
+    watch: None, or two callables that receive the gradients of (unmasked, uncapped) scores, and of the output together
+        with the probabilities.
+    Returns (batch, queries, heads, head_dim).
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    if watch is None and softcap is None and s_aux is None:
+        causal = mask is None and query.shape[2] > 1
+        out = nn.functional.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scaling)
+        return out.transpose(1, 2).contiguous()
+    scores = (query * scaling) @ key.transpose(-1, -2)
+    if watch:
+        scores.register_hook(watch[0])
+    logits = scores if softcap is None else torch.tanh(scores / softcap) * softcap
+    if mask is None:
+        q, k = scores.shape[-2:]
+        mask = torch.ones(q, k, dtype=torch.bool, device=scores.device).tril(k - q)
+    logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask
+    if s_aux is not None:
+        sink = s_aux.view(1, -1, 1, 1).expand(logits.shape[0], -1, logits.shape[2], 1).to(logits.dtype)
+        logits = torch.cat([logits, sink], -1)
+    probabilities = logits.softmax(-1, torch.float32).to(query.dtype)[..., : scores.shape[-1]]
+    out = probabilities @ value
+    if watch:
+        out.register_hook(lambda grad: watch[1](grad, probabilities))
+    return out.transpose(1, 2).contiguous()
+
+
+@contextlib.contextmanager
+def attention_replaced(model: PreTrainedModel, reading: ModelReading, function, on_tables) -> Iterator[None]:
+    """Let the model attend through ``function`` inside the block; afterwards everything is as it was.
+
+    function: an attention function of transformers' AttentionInterface.
+    on_tables(layer, cos, sin): receives each compressed layer's rotary tables, one column a pair, before it attends.
+    """
+    configs = {id(c): c for c in [model.config.get_text_config(decoder=True)]}
+    configs.update(
+        (id(m.config), m.config) for m in model.modules() if hasattr(m, "config") and hasattr(m, "layer_idx")
+    )
+    before = {key: config._attn_implementation_internal for key, config in configs.items()}
+
+    def hook_for(layer):
+        def hook(_, args, kwargs):
+            tables = kwargs.get("position_embeddings")
+            if tables is None:
+                tables = next((a for a in args if isinstance(a, tuple) and len(a) == 2), None)
+            if tables is not None:
+                on_tables(layer, *(reading.rope.compact(t.detach()) for t in tables))
+
+        return hook
+
+    hooks = [m.register_forward_pre_hook(hook_for(i), with_kwargs=True) for i, m in reading.attention.items()]
+    training = model.training
+    try:
+        AttentionInterface.register(IMPLEMENTATION, function)
+        AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+        for config in configs.values():
+            config._attn_implementation_internal = IMPLEMENTATION
+        model.eval()
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation_internal = before[key]
+        for hook in hooks:
+            hook.remove()
+        AttentionInterface._global_mapping.pop(IMPLEMENTATION, None)
+        AttentionMaskInterface._global_mapping.pop(IMPLEMENTATION, None)
+        model.train(training)
+
+
+@contextlib.contextmanager
+def _gradients_at_activations(model: PreTrainedModel) -> Iterator[None]:
+    """Inside the block a backward pass reaches every activation but computes no gradient of a weight."""
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    for p in wanted:
+        p.requires_grad_(False)
+    hook = model.get_input_embeddings().register_forward_hook(lambda _, __, out: out.detach().requires_grad_())
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        hook.remove()
+        for p in wanted:
+            p.requires_grad_(True)
+
+
+def calibrate(
+    model: PreTrainedModel,
+    windows: Sequence[torch.Tensor],
+    plan: CalibrationPlan | None = None,
+    base_model: str | None = None,
+    progress: bool = True,
+) -> tuple[ModelGeometry, dict[int, LayerSample]]:
+    """Run windows of token ids through the model and record every compressed layer.
+
+    windows: 1-d int64 tensors; see text.py. The metric windows are spread evenly over them.
+    Returns the model's geometry and layer index -> sample.
+
+    The metric is the model's own Fisher information: labels are drawn from its predictions, so the text's surprises
+    do not enter. A model that cannot be differentiated gets the query-moment estimate, with a warning.
+
+    Raises:
+        UnsupportedModelError: see geometry.read_model.  CalibrationError: the attention was not reached.
+    """
+    plan = plan or CalibrationPlan()
+    reading = read_model(model, base_model)
+    if not windows:
+        raise ConfigError("no calibration windows: give text, or let the model write its own.")
+    recorder = _Recorder(reading, plan, math.ceil(plan.samples / len(windows)))
+    spread = torch.linspace(0, len(windows) - 1, min(plan.metric_windows, len(windows))).round().long().tolist()
+    labels = torch.Generator().manual_seed(plan.seed + 1)
+
+    def tables(layer, cos, sin):
+        recorder.tables[layer] = (cos, sin)
+
+    with attention_replaced(model, reading, recorder.attend, tables), torch.no_grad():
+        for window in tqdm(windows, desc="record", unit="window", disable=not progress):
+            recorder.begin(len(window))
+            model(input_ids=window.to(model.device)[None], use_cache=False, logits_to_keep=1)
+            if not plan.metric_windows:
+                recorder.weight += len(window)
+        for number in tqdm(spread, desc="metric", unit="window", disable=not progress):
+            ids = windows[number][: plan.metric_length].to(model.device)[None]
+            with _gradients_at_activations(model):
+                logits = model(input_ids=ids, use_cache=False).logits[0].float()
+                drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=labels)[:, 0]
+                nn.functional.cross_entropy(logits, drawn.to(logits.device), reduction="sum").backward()
+            recorder.weight += ids.shape[1]
+    if empty := [i for i, x in recorder.keys.items() if not x]:
+        raise CalibrationError(f"layers {empty} did not attend through AttentionInterface; they cannot be recorded.")
+    return reading.geometry, recorder.samples()

@@ -1,0 +1,328 @@
+"""Calibration tensors -> sign codebooks: bit allocation over heads, then EM per head. Knows no model and no text.
+
+A head's vectors x are to be ``mean + s @ C`` with s in {-1, +1}^n. For a given M (the metric, None for the plain
+squared error) EM alternates
+
+    E  s = argmin (x - mean - s C)^T M (x - mean - s C)      coordinate descent, ops/encode.py
+    M  (C, mean) = least squares of x on (s, 1), with a small ridge; M drops out of this step
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+
+from .codebook import LayerBook, SignBook
+from .config import ConfigError
+from .ops.encode import choose_signs
+from .packing import CodeLayout
+
+# Mean squared error of the best scalar quantizer with 2^b levels of a unit Gaussian, b = 0..4, and half its step
+# (J. Max, "Quantizing for minimum distortion", 1960). Past four bits the error falls by 4 a bit.
+_MAX_ERROR = (1.0, 0.3634, 0.1175, 0.03454, 0.009497)
+_HALF_STEP = (0.0, 0.798, 0.49785, 0.293, 0.1676, 0.094, 0.052)
+STEP = 8  # bits are dealt in whole bytes
+CHUNK = 4096  # tokens of one head encoded at a time
+SIDES = ("keys", "values")
+
+
+@dataclass(frozen=True)
+class LearningPlan:
+    """How books are learned.
+
+    rounds: EM rounds; the first three quarters see ``warm_tokens`` only, the others all tokens.
+    key_shrink: share of its mean diagonal added to the keys' metric. An unshrunk metric lets EM ruin directions it
+        believes to be free: lower training loss, worse model.
+    ridge: added to S^T S in the M-step, as a share of the tokens.
+    cap: most bits of a head, per element.
+    """
+
+    rounds: int = 8
+    warm_tokens: int = 4096
+    key_shrink: float = 0.1
+    ridge: float = 1e-4
+    cap: float = 4.0
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, low in (("rounds", 1), ("warm_tokens", 1), ("key_shrink", 0), ("ridge", 0), ("cap", 0.25)):
+            if getattr(self, name) < low:
+                raise ConfigError(f"{name}={getattr(self, name)}: expected {low} or more.")
+
+
+@dataclass
+class LearnedRate:
+    """The books of one rate. report: json-ready, bits and error of every head."""
+
+    layers: dict[int, LayerBook]
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+def shrunk_metric(metric: torch.Tensor, amount: float) -> torch.Tensor:
+    """A positive definite form near ``metric`` (heads, d, d): its diagonal raised by a share, mean diagonal 1."""
+    d = metric.shape[-1]
+    metric = (metric + metric.transpose(1, 2)) / 2
+    level = metric.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None].clamp_min(torch.finfo(torch.float32).tiny)
+    return (metric / level + amount * torch.eye(d)) / (1 + amount)
+
+
+def predicted_curve(x: torch.Tensor, metric: torch.Tensor | None, cost: torch.Tensor, bits: int) -> torch.Tensor:
+    """Expected loss of one head for 0..bits bits, by scalar quantization of principal directions.
+
+    x: (tokens, d), mean removed.  metric: (d, d) in which codes are chosen, or None.  cost: (d, d), what error costs.
+    Returns (bits + 1,) float64, decreasing.
+    """
+    cov = (x.T @ x).double() / len(x)
+    variance, basis, back = _principal(cov, metric)
+    weight = ((back.T @ cost.double()) * back.T).sum(1)  # cost of one unit of error along each direction
+    return _fill(variance, bits)[1] @ weight
+
+
+def allocate(
+    curves: Mapping[Any, torch.Tensor], budget: int, low: int = STEP, high: int | None = None
+) -> dict[Any, int]:
+    """Deal ``budget`` bits to heads, a byte at a time, each to where it lowers the summed loss most.
+
+    curves: head -> loss for 0, 1, 2... bits.  low, high: fewest and most bits of a head.
+    The sum is exactly ``budget`` rounded down to whole bytes.
+
+    Raises ConfigError when the budget is out of reach.
+    """
+    high = high or min(len(c) for c in curves.values()) - 1
+    high = high // STEP * STEP
+    left = budget // STEP * STEP - low * len(curves)
+    if left < 0 or left > (high - low) * len(curves):
+        raise ConfigError(f"{budget} bits for {len(curves)} heads: a head takes {low} to {high}. Fix: another rate.")
+    bits = dict.fromkeys(curves, low)
+
+    def gain(head):  # the best mean gain over the next few bytes: EM curves need not be convex
+        curve, now = curves[head], bits[head]
+        return max(
+            ((curve[now] - curve[to]) / (to - now)).item()
+            for to in range(now + STEP, min(high, now + 4 * STEP) + 1, STEP)
+        )
+
+    order = list(curves)
+    heap = [(-gain(head), i) for i, head in enumerate(order)] if low < high else []
+    heapq.heapify(heap)
+    for _ in range(left // STEP):
+        _, i = heapq.heappop(heap)
+        bits[order[i]] += STEP
+        if bits[order[i]] < high:
+            heapq.heappush(heap, (-gain(order[i]), i))
+    return bits
+
+
+def fit_head(
+    x: torch.Tensor, metric: torch.Tensor | None, bits: int, plan: LearningPlan
+) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
+    """EM for one head.
+
+    x: (tokens, d) float32.  metric: (d, d) or None.
+    Returns rows (bits, d) float32 by decreasing norm in the metric, mean (d,), and each round's error relative to the
+    spread about the mean, in the metric.
+    """
+    mean = x.mean(0)
+    cov = ((x - mean).T @ (x - mean)).double() / len(x)
+    form = torch.eye(x.shape[1]) if metric is None else metric
+    spread = (cov * form.double()).sum().item() or 1.0
+    rows, history = _start(cov, metric, bits), []
+    signs = None
+    for turn in range(plan.rounds):
+        warm = turn < plan.rounds * 3 // 4 and len(x) > plan.warm_tokens
+        stride = len(x) // plan.warm_tokens if warm else 1
+        part = x[::stride]
+        if signs is not None and len(signs) != len(part):
+            signs = None
+        signs = encode_rows(part - mean, rows, metric, signs)
+        rows, mean = _least_squares(signs, part, plan.ridge)
+        error = part - mean - signs @ rows
+        history.append(((error @ form) * error).sum().item() / len(part) / spread)
+    dual = rows if metric is None else rows @ metric
+    order = (dual * rows).sum(1).argsort(descending=True, stable=True)
+    return rows[order], mean, history
+
+
+def encode_rows(
+    x: torch.Tensor, rows: torch.Tensor, metric: torch.Tensor | None, signs: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Signs of one head's vectors. x: (tokens, d) with the mean removed; rows: (n, d). Returns (tokens, n)."""
+    dual = rows if metric is None else rows @ metric
+    gram = (dual @ rows.T)[None]
+    out = torch.empty(len(x), len(rows))
+    for a in range(0, len(x), CHUNK):
+        part = x[a : a + CHUNK]
+        if signs is None:
+            chosen = choose_signs((part @ dual.T)[None], gram, sweeps=2)
+        else:
+            old = signs[a : a + CHUNK]
+            chosen = choose_signs(((part - old @ rows) @ dual.T)[None], gram, old[None], sweeps=2)
+        out[a : a + CHUNK] = chosen[0]
+    return out
+
+
+def learn(
+    samples: Mapping[int, Any],
+    rates: Sequence[float],
+    plan: LearningPlan | None = None,
+    work: str | Path | None = None,
+    progress: bool = True,
+    workers: int | None = None,
+) -> dict[float, LearnedRate]:
+    """Books at several rates from one calibration.
+
+    samples: layer index -> an object with keys, values (heads, tokens, d) and key_metric, value_metric (heads, d, d);
+        layers are read one at a time, twice.
+    rates: mean bits per element.
+    work: a folder that keeps finished layers; a run that was stopped goes on from there with the same result.
+    """
+    plan = plan or LearningPlan()
+    torch_threads, workers = torch.get_num_threads(), workers or torch.get_num_threads()
+    work = Path(work) if work is not None else None
+    if work:
+        work.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.set_num_threads(1)  # heads run side by side; a head's own sums stay in one order
+        with ThreadPoolExecutor(workers) as pool:
+            curves = _all_curves(samples, plan, pool, progress)
+            dealt = {rate: _deal(curves, samples, rate, plan) for rate in rates}
+            out = {rate: LearnedRate({}, {"bits_per_head": {}, "relative_error": {}}) for rate in rates}
+            jobs = [(rate, layer) for layer in sorted(samples) for rate in rates]
+            for rate, layer in tqdm(jobs, desc="learn", unit="layer", disable=not progress):
+                bits = {
+                    side: tuple(dealt[rate][layer, side, h] for h in range(len(samples[layer].keys))) for side in SIDES
+                }
+                book, errors = _layer_book(samples, layer, bits, plan, pool, work)
+                out[rate].layers[layer] = book
+                out[rate].report["bits_per_head"][str(layer)] = {side: list(b) for side, b in bits.items()}
+                out[rate].report["relative_error"][str(layer)] = errors
+    finally:
+        torch.set_num_threads(torch_threads)
+    return out
+
+
+def _principal(cov, metric):
+    """Variances and directions of x in the metric: (d,), basis (d, d) columns in metric space, and the map back to x."""
+    d = cov.shape[0]
+    if metric is None:
+        root = back = torch.eye(d, dtype=torch.float64)
+    else:
+        values, vectors = torch.linalg.eigh(metric.double())
+        values = values.clamp_min(values.max() * 1e-6).sqrt()
+        root, back = (vectors * values) @ vectors.T, (vectors / values) @ vectors.T
+    variance, basis = torch.linalg.eigh(root @ cov @ root)
+    return variance.clamp_min(1e-12), basis, back @ basis
+
+
+def _fill(variance: torch.Tensor, bits: int):
+    """Reverse water-filling, one bit at a time: bits of each direction, and distortions (bits + 1, d) on the way."""
+    given = [0] * len(variance)
+    distortion, path = variance.clone(), [variance.clone()]
+    for _ in range(bits):
+        j = int(distortion.argmax())
+        given[j] += 1
+        b = given[j]
+        distortion[j] = variance[j] * (_MAX_ERROR[b] if b < 5 else _MAX_ERROR[4] / 4 ** (b - 4))
+        path.append(distortion.clone())
+    return given, torch.stack(path)
+
+
+def _start(cov: torch.Tensor, metric: torch.Tensor | None, bits: int) -> torch.Tensor:
+    """First rows: a principal direction with b bits gets b rows, each twice as long as the one before."""
+    variance, _, back = _principal(cov, metric)
+    given, _ = _fill(variance, bits)
+    rows = [
+        back[:, j] * variance[j].sqrt() * _HALF_STEP[min(b, 6)] / 2.0 ** max(b - 6, 0) * 2.0**k
+        for j, b in enumerate(given)
+        for k in range(b)
+    ]
+    rows = torch.stack(rows).float()
+    form = torch.eye(len(cov)) if metric is None else metric
+    return rows[((rows @ form) * rows).sum(1).argsort(descending=True, stable=True)]
+
+
+def _least_squares(signs: torch.Tensor, x: torch.Tensor, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
+    s = torch.cat([signs, torch.ones(len(signs), 1)], 1)
+    normal = (s.T @ s).double()
+    normal.diagonal()[:-1] += ridge * len(s)
+    solved = torch.linalg.solve(normal, (s.T @ x).double()).float()
+    return solved[:-1].contiguous(), solved[-1].contiguous()
+
+
+def _metrics(sample, plan: LearningPlan) -> dict[str, torch.Tensor | None]:
+    """The metric codes are chosen in, as stored (float16)."""
+    return {"keys": shrunk_metric(sample.key_metric, plan.key_shrink).half(), "values": None}
+
+
+def _all_curves(samples, plan, pool, progress):
+    curves = {}
+
+    def one(sample, metrics, side, h, bits):
+        x = getattr(sample, side)[h]
+        metric = None if metrics[side] is None else metrics[side][h].float()
+        cost = getattr(sample, f"{side[:-1]}_metric")[h]
+        return predicted_curve(x - x.mean(0), metric, cost, bits)
+
+    for layer in tqdm(sorted(samples), desc="allocate", unit="layer", disable=not progress):
+        sample = samples[layer]
+        metrics, d = _metrics(sample, plan), sample.keys.shape[-1]
+        names = [(layer, side, h) for side in SIDES for h in range(len(sample.keys))]
+        done = pool.map(lambda n: one(sample, metrics, n[1], n[2], int(plan.cap * d)), names)  # noqa: B023 (used at once)
+        curves.update(zip(names, done, strict=True))
+    return curves
+
+
+def _deal(curves, samples, rate, plan):
+    d = next(iter(samples.values())).keys.shape[-1]
+    return allocate(curves, int(round(rate * d * len(curves), 6)), high=int(plan.cap * d))
+
+
+def _layer_book(samples, layer, bits, plan, pool, work) -> tuple[LayerBook, dict[str, list[float]]]:
+    """One layer at one allocation, from the work folder if it is there."""
+    settings = json.dumps([asdict(plan), layer, bits], sort_keys=True)
+    path = work / f"layer-{layer}-{hashlib.sha256(settings.encode()).hexdigest()[:16]}.safetensors" if work else None
+    if path and path.exists():
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            errors = json.loads(file.metadata()["errors"])
+    else:
+        sample = samples[layer]
+        metrics = _metrics(sample, plan)
+        names = [(side, h) for side in SIDES for h in range(len(sample.keys))]
+
+        def one(name):
+            side, h = name
+            metric = None if metrics[side] is None else metrics[side][h].float()
+            return fit_head(getattr(sample, side)[h], metric, bits[side][h], plan)
+
+        done = dict(zip(names, pool.map(one, names), strict=True))
+        tensors, errors = {}, {}
+        for side in SIDES:
+            mine = [done[side, h] for h in range(len(sample.keys))]
+            tensors[f"{side}.vectors"] = torch.cat([m[0] for m in mine]).half()
+            tensors[f"{side}.mean"] = torch.stack([m[1] for m in mine])
+            if metrics[side] is not None:
+                tensors[f"{side}.metric"] = metrics[side].contiguous()
+            errors[side] = [round(m[2][-1], 5) for m in mine]
+        if path:
+            partial = path.with_suffix(".partial")
+            save_file(tensors, partial, metadata={"errors": json.dumps(errors)})
+            partial.replace(path)
+    books = {
+        side: SignBook(
+            CodeLayout(tuple(bits[side])), *(tensors.get(f"{side}.{n}") for n in ("vectors", "mean", "metric"))
+        )
+        for side in SIDES
+    }
+    return LayerBook(**books), errors

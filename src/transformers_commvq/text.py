@@ -1,0 +1,111 @@
+"""Text -> windows of token ids: from files, from a `datasets` dataset, or written by the model itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from .config import ConfigError
+
+
+def read_file(path: str | Path, field: str | None = None) -> str:
+    """The text of a file; of a .jsonl file the named field of every line, or all string fields joined by newlines.
+
+    Raises ConfigError when the file is missing, empty, or a line lacks the field.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such text file.")
+    raw = path.read_text(encoding="utf-8", errors="replace")
+    if path.suffix == ".jsonl":
+        try:
+            rows = [json.loads(line) for line in raw.splitlines() if line.strip()]
+            raw = "\n\n".join(
+                row[field] if field else "\n".join(v for v in row.values() if isinstance(v, str)) for row in rows
+            )
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ConfigError(
+                f"{path}: expected one json object a line with text in {field or 'any field'!r}: {error!r}."
+            ) from error
+    if not raw.strip():
+        raise ConfigError(f"{path}: holds no text.")
+    return raw
+
+
+def read_dataset(name: str, split: str = "train", field: str = "text", characters: int = 4_000_000) -> str:
+    """The first rows of a `datasets` dataset, streamed. name: ``owner/dataset`` or ``owner/dataset:configuration``."""
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ConfigError("--dataset needs the datasets library. Fix: pip install datasets") from error
+    name, _, configuration = name.partition(":")
+    parts, size = [], 0
+    for row in load_dataset(name, configuration or None, split=split, streaming=True):
+        if field not in row:
+            raise ConfigError(f"dataset {name}: rows have fields {sorted(row)}, not {field!r}. Fix: --field NAME")
+        parts.append(row[field])
+        size += len(row[field])
+        if size >= characters:
+            break
+    return "\n\n".join(parts)
+
+
+def windows_of(tokenizer, texts: Sequence[str], count: int, length: int) -> list[torch.Tensor]:
+    """``count`` windows of ``length`` token ids, dealt in turn from the texts and spread evenly over each.
+
+    A window starts with the tokenizer's BOS token if that is what it does to any text. Windows of a text do not
+    overlap; fewer are returned when the texts are short.
+
+    Raises ConfigError when not even one window fits.
+    """
+    start = tokenizer("a")["input_ids"][:1]
+    bos = start if tokenizer.bos_token_id is not None and start == [tokenizer.bos_token_id] else []
+    room = length - len(bos)
+    share = -(-count // len(texts))
+    per_text = []
+    for text in texts:
+        # about three characters a token: read more than enough, from evenly spaced places
+        places, size = share, 8 * length
+        step = max(size, len(text) // places)
+        windows = []
+        for place in range(places):
+            ids = tokenizer(text[place * step : place * step + size], add_special_tokens=False, verbose=False)[
+                "input_ids"
+            ]
+            if len(ids) >= room:
+                windows.append(torch.tensor(bos + ids[:room]))
+        per_text.append(windows)
+    dealt = [w[i] for i in range(share) for w in per_text if i < len(w)][:count]
+    if not dealt:
+        raise ConfigError(f"the texts hold no {length} tokens in a row. Fix: give more text, or a smaller window.")
+    return dealt
+
+
+@torch.no_grad()
+def self_generated(
+    model, tokenizer, count: int, length: int, seed: int, batch: int = 8, progress: bool = True
+) -> list[torch.Tensor]:
+    """``count`` windows of text that the model writes itself, sampled from nothing but its first token.
+
+    The global random state is left as it was.
+    """
+    begin = next(
+        (t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) if t is not None), 0
+    )
+    out = []
+    with torch.random.fork_rng(), tqdm(total=count, desc="self-generate", unit="window", disable=not progress) as bar:
+        torch.manual_seed(seed)
+        while len(out) < count:
+            rows = min(batch, count - len(out))
+            ids = torch.full((rows, 1), begin, device=model.device)
+            text = model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                min_new_tokens=length - 1, max_new_tokens=length - 1, pad_token_id=begin,
+            )  # fmt: skip
+            out.extend(text.cpu())
+            bar.update(rows)
+    return out

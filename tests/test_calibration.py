@@ -1,0 +1,112 @@
+"""Calibration records the model truthfully and leaves it as it was."""
+
+import pytest
+import torch
+from tiny_models import CONFIGS, tiny_model, token_windows
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from transformers_commvq.calibration import IMPLEMENTATION, CalibrationPlan, calibrate, explicit_attention
+from transformers_commvq.config import ConfigError
+
+PLAN = CalibrationPlan(samples=256, metric_windows=2, metric_length=64, sink_tokens=2, residual_length=16)
+
+
+def state_of(model):
+    modules = list(model.modules())
+    return (
+        model.config._attn_implementation,
+        model.training,
+        [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in modules],
+        [p.requires_grad for p in model.parameters()],
+        [p.grad is None for p in model.parameters()],
+        IMPLEMENTATION in AttentionInterface(),
+        IMPLEMENTATION in AttentionMaskInterface(),
+    )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_records_keys_before_rope_and_values(name):
+    model, windows = tiny_model(name), token_windows(1, 64)
+    seen = {}
+    first = model.model.layers[0].self_attn
+    if name == "phi3-partial":
+        first.qkv_proj.register_forward_hook(lambda _, __, out: seen.update(keys=out[0, :, 64:128], values=out[0, :, 128:]))
+    else:
+        keys = first.k_norm if name == "qwen3" else first.k_proj
+        keys.register_forward_hook(lambda _, __, out: seen.update(keys=out[0]))
+        first.v_proj.register_forward_hook(lambda _, __, out: seen.update(values=out[0]))
+    _, samples = calibrate(model, windows, PLAN, progress=False)
+    for side in ("keys", "values"):
+        got = getattr(samples[0], side)
+        want = seen[side].reshape(64, got.shape[0], got.shape[2])[2:].transpose(0, 1)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_leaves_the_model_as_it_was(training):
+    model = tiny_model("llama-gqa").train(training)
+    model.model.layers[0].self_attn.q_proj.weight.requires_grad_(False)
+    before, rng = state_of(model), torch.get_rng_state()
+    windows = token_windows(2, 64)
+    logits = model.eval()(windows[0][None]).logits
+    model.train(training)
+    calibrate(model, windows, PLAN, progress=False)
+    assert state_of(model) == before
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert torch.equal(model.eval()(windows[0][None]).logits, logits)
+
+
+def test_leaves_the_model_as_it_was_after_an_error():
+    model = tiny_model("llama-gqa")
+    handle = model.model.layers[1].mlp.register_forward_hook(lambda *_: 1 / 0)
+    before = state_of(model)
+    with pytest.raises(ZeroDivisionError):
+        calibrate(model, token_windows(1, 64), PLAN, progress=False)
+    assert state_of(model) == before
+    handle.remove()
+
+
+def test_is_deterministic_and_draws_the_asked_number_of_tokens():
+    runs = [calibrate(tiny_model("qwen3"), token_windows(4, 200), PLAN, progress=False)[1] for _ in range(2)]
+    for layer, sample in runs[0].items():
+        assert sample.keys.shape == sample.values.shape == (2, 256, 32)
+        for name, tensor in sample.tensors().items():
+            assert torch.equal(tensor, runs[1][layer].tensors()[name]), name
+
+
+@pytest.mark.parametrize("metric_windows", [0, 2])
+def test_metrics_are_symmetric_and_positive(metric_windows):
+    plan = CalibrationPlan(samples=256, metric_windows=metric_windows, sink_tokens=2, residual_length=16)
+    _, samples = calibrate(tiny_model("llama-gqa"), token_windows(2, 128), plan, progress=False)
+    for sample in samples.values():
+        for metric in (sample.key_metric, sample.value_metric):
+            torch.testing.assert_close(metric, metric.transpose(1, 2))
+            assert torch.linalg.eigvalsh(metric.double()).min() > -1e-6 * metric.abs().max()
+            assert metric.diagonal(dim1=1, dim2=2).sum() > 0
+
+
+def test_the_metric_is_blind_to_tokens_that_stay_exact():
+    """With a window longer than the text no key is ever seen as a code, so no error can cost anything."""
+    plan = CalibrationPlan(samples=256, metric_windows=1, metric_length=64, residual_length=64)
+    _, samples = calibrate(tiny_model("llama-gqa"), token_windows(1, 64), plan, progress=False)
+    assert all(s.key_metric.abs().max() == 0 and s.value_metric.abs().max() == 0 for s in samples.values())
+
+
+def test_explicit_attention_is_attention():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
+    want = torch.nn.functional.scaled_dot_product_attention(
+        q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), torch.ones(5, 9, dtype=torch.bool).tril(4)
+    ).transpose(1, 2)
+    q.requires_grad_()
+    watch = (lambda grad: None, lambda grad, p: None)
+    torch.testing.assert_close(explicit_attention(q, k, v, None, 8**-0.5, watch=watch), want)
+    far = explicit_attention(q, k, v, None, 8**-0.5, s_aux=torch.full((4,), -1e9))
+    torch.testing.assert_close(far, want)
+
+
+def test_refuses_no_windows_and_bad_plans():
+    with pytest.raises(ConfigError):
+        calibrate(tiny_model("llama-gqa"), [], PLAN, progress=False)
+    with pytest.raises(ConfigError):
+        CalibrationPlan(samples=3)
