@@ -255,6 +255,16 @@ class _Handler(BaseHTTPRequestHandler):
             sha = repo.commit(files, header["summary"], branch)
         return self.reply({"success": True, "commitOid": sha, "commitUrl": f"{self.server.url}/{repo_id}/commit/{sha}"})
 
+    def tag(self, repo_id: str, revision: str):
+        repo = self.find(repo_id, write=True)
+        if not repo:
+            return None
+        name = json.loads(self.body)["tag"]
+        if name in repo.refs:
+            return self.fail(409, "", f"tag {name} exists")
+        repo.refs[name] = repo.resolve(unquote(revision))
+        return self.reply()
+
     def resolve(self, repo_id: str, revision: str, path: str):
         repo = self.find(repo_id)
         if not repo:
@@ -301,6 +311,7 @@ _ROUTES = (
     (rf"/api/models/{_NAME}(?:/revision/(.+))?", _Handler.info),
     (rf"/api/models/{_NAME}/preupload/(.+)", _Handler.preupload),
     (rf"/api/models/{_NAME}/commit/(.+)", _Handler.commit),
+    (rf"/api/models/{_NAME}/tag/(.+)", _Handler.tag),
     (rf"/{_NAME}\.git/info/lfs/objects/batch", _Handler.batch),
     (r"/_large/([0-9a-f]{64})", _Handler.store),
     (rf"/{_NAME}/resolve/([^/]+)/(.+)", _Handler.resolve),

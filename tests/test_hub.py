@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -20,7 +21,10 @@ from huggingface_hub import constants, file_download
 from huggingface_hub.utils import _http as hub_http
 from loopback_hub import LoopbackHub
 
-from transformers_commvq import hub
+from transformers_commvq import hub, publish
+from transformers_commvq.cards import CardError, License, artefact_tag, make_card
+from transformers_commvq.cli import inspect as inspect_command
+from transformers_commvq.cli import push as push_command
 from transformers_commvq.codebook import CONFIG_FILE, TENSOR_FILE, Codebook, LayerBook, ModelGeometry, SignBook
 from transformers_commvq.config import (
     CodebookFormatError,
@@ -54,14 +58,8 @@ def make_book(bits: int = 2, base: str = BASE, seed: int = 0) -> Codebook:
     n = bits * dim
     books = {i: LayerBook(side((n - 8, n), True), side((n, n + 8), False)) for i in range(layers)}
     evaluation = {
-        "results": [
-            {
-                "dataset": "wikitext-2 test",
-                "tokens": 4096,
-                "metrics": {"perplexity_plain": 18.5, "perplexity_compressed": 18.9, "kl_nats": 0.017},
-            }
-        ],
-        "command": "transformers-commvq evaluate ...",
+        "command": "transformers-commvq learn ...",
+        "wikitext-2 test": {"perplexity": 18.96, "reference_perplexity": 18.62, "kl": 0.0167, "windows": 3},
     }
     return Codebook(geometry, books, {"dataset": "made up", "tokens": 0, "seed": seed}, evaluation)
 
@@ -476,6 +474,207 @@ def test_offline_by_environment(server, files, book, tmp_path):
     assert out.strip() == book.sha256, err
     assert client.returncode != 0 and "HubUnreachableError" in err and "offline mode is on" in err
     assert server.log == []
+
+
+# Content tags
+
+
+def test_content_tag_pins_and_needs_no_request_when_warm(server, files, book):
+    commit = server.add(REPO, files)
+    tag = artefact_tag(files[CONFIG_FILE])
+    server.repos[REPO].refs[tag] = commit
+    assert_same(hub.pull(REPO, tag), book)
+    server.log.clear()
+    assert_same(hub.pull(REPO, tag), book)
+    assert server.log == []
+
+
+def test_moved_content_tag_is_refused(server, files, tmp_path):
+    other = files_of(make_book(seed=5).save(tmp_path / "other"))
+    tag = artefact_tag(files[CONFIG_FILE])
+    server.repos.pop(REPO, None)
+    server.add(REPO, files)
+    server.repos[REPO].refs[tag] = server.add(REPO, other)
+    with pytest.raises(CodebookIntegrityError, match="is not the one that revision"):
+        hub.pull(REPO, tag)
+
+
+# Pushing
+
+APACHE = License("apache-2.0")
+
+
+def push(tmp_path, repo_id: str = REPO, **changes):
+    return publish.push(tmp_path / "book", repo_id, **{"license": APACHE, "token": "token-alice", **changes})
+
+
+def test_push_then_pull_is_bit_for_bit(server, files, book, tmp_path):
+    done = push(tmp_path)
+    assert set(server.files(REPO)) == {CONFIG_FILE, TENSOR_FILE, "README.md"}
+    assert {name: server.files(REPO)[name] for name in files} == files
+    for revision in (None, done.revision, done.tag):
+        folder = hub.download(REPO, revision)
+        assert files_of(folder) == files
+        assert_same(hub.resolve(CommVQConfig(codebook=REPO, revision=revision), book.geometry), book)
+    card = server.files(REPO)["README.md"].decode()
+    assert done.tag in card and f'"codebook": "{REPO}"' in card
+    assert card == make_card(tmp_path / "book", REPO, APACHE)
+
+
+def test_push_is_one_commit(server, book, tmp_path):
+    push(tmp_path)
+    with_files = [sha for sha, files in server.repos[REPO].commits.items() if files]
+    assert len(with_files) == 1
+    assert ("POST", "/api/validate-yaml") in server.log
+
+
+def test_push_again_and_update(server, book, tmp_path):
+    first = push(tmp_path)
+    assert push(tmp_path).tag == first.tag
+    make_book(seed=7).save(tmp_path / "book")
+    second = push(tmp_path)
+    assert second.tag != first.tag
+    assert hub.pull(REPO, second.tag).sha256 == second.sha256
+    assert hub.pull(REPO, first.tag).sha256 == first.sha256 == book.sha256
+
+
+def test_push_private(server, book, tmp_path):
+    push(tmp_path, private=True)
+    assert server.repos[REPO].private
+
+
+def test_push_refuses_a_local_base_model(server, tmp_path):
+    make_book(base=str(tmp_path)).save(tmp_path / "book")
+    with pytest.raises(CardError, match="no Hub id"):
+        push(tmp_path)
+    assert server.log == []
+
+
+def test_push_refuses_a_relative_folder_that_looks_like_an_id(server, book, tmp_path, monkeypatch):
+    (tmp_path / BASE).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CardError, match="local folder"):
+        push(tmp_path)
+    assert server.log == []
+
+
+def test_push_with_base_model_renames_it(server, tmp_path):
+    local = make_book(base=str(tmp_path))
+    local.save(tmp_path / "book")
+    push(tmp_path, base_model=BASE)
+    pulled = hub.pull(REPO)
+    assert pulled.geometry == replace(local.geometry, id=BASE) and pulled.sha256 == local.sha256
+    assert str(tmp_path) not in server.files(REPO)[CONFIG_FILE].decode() + server.files(REPO)["README.md"].decode()
+
+
+def test_push_refuses_another_base_model_than_recorded(server, book, tmp_path):
+    with pytest.raises(CardError, match="was learned from smith/Base"):
+        push(tmp_path, base_model="smith/Other")
+    assert server.log == []
+
+
+def test_push_refuses_what_was_not_measured(server, book, tmp_path):
+    for evaluation in ({}, {"perplexity": 3.0}, {"perplexity": float("nan"), "reference_perplexity": 2.0}):
+        replace(book, evaluation=evaluation).save(tmp_path / "book")
+        with pytest.raises(CardError, match="no evaluation"):
+            push(tmp_path)
+    assert server.log == []
+
+
+def test_push_refuses_a_damaged_folder(server, book, tmp_path):
+    (tmp_path / "book" / TENSOR_FILE).write_bytes(b"damaged")
+    with pytest.raises(CodebookIntegrityError):
+        push(tmp_path)
+    assert server.log == []
+
+
+@pytest.mark.parametrize(
+    ("there", "message"),
+    [
+        ({"config.json": b'{"model_type": "llama"}', "model.safetensors": b"weights"}, "something else"),
+        ({"data.csv": b"1,2"}, "something else"),
+        ("another base", "holds the codebooks of smith/Elsewhere"),
+        ("another rate", "at 1.0 bits"),
+    ],
+)
+def test_push_never_overwrites_something_else(server, book, tmp_path, there, message):
+    if isinstance(there, str):
+        other = make_book(1) if there == "another rate" else make_book(base="smith/Elsewhere")
+        there = files_of(other.save(tmp_path / "other"))
+    commit = server.add(REPO, there)
+    with pytest.raises(ConfigError, match=message):
+        push(tmp_path)
+    assert server.repos[REPO].refs == {"main": commit}
+
+
+def test_push_into_an_empty_repository(server, book, tmp_path):
+    server.add(REPO, {".gitattributes": b"", "README.md": b"soon"})
+    push(tmp_path)
+    assert hub.pull(REPO).sha256 == book.sha256
+
+
+@pytest.mark.parametrize("token", [None, "token-bob", "wrong"])
+def test_push_without_the_right(server, book, tmp_path, token):
+    with pytest.raises((ConfigError, hub.CodebookAccessError), match=r"cannot create|refused"):
+        push(tmp_path, token=token)
+    assert REPO not in server.repos
+
+
+def test_push_elsewhere_in_between_is_not_overwritten(server, book, tmp_path, monkeypatch):
+    push(tmp_path)
+    real = publish._head
+
+    def head(*args):
+        result = real(*args)
+        server.add(REPO, {"README.md": b"theirs"})
+        return result
+
+    monkeypatch.setattr(publish, "_head", head)
+    with pytest.raises(hub.CodebookAccessError, match="refused"):
+        push(tmp_path)
+    assert server.files(REPO) == {"README.md": b"theirs"}
+
+
+def test_push_to_a_server_that_is_down(server, book, tmp_path):
+    server.stop()
+    with pytest.raises(hub.HubUnreachableError):
+        push(tmp_path)
+
+
+def test_license_is_inherited(server, book, tmp_path):
+    with pytest.raises(CardError, match=r"cannot be looked up.*--license"):
+        push(tmp_path, license=None)
+    server.add(BASE, {"README.md": b"---\ntags: [x]\n---\n"})
+    with pytest.raises(CardError, match="does not state one license"):
+        push(tmp_path, license=None)
+    server.add(BASE, {"README.md": b"---\nlicense: other\nlicense_name: smith\nlicense_link: https://s.example\n---\n"})
+    push(tmp_path, license=None)
+    card = server.files(REPO)["README.md"].decode()
+    assert (
+        "license: other\n" in card and "license_name: smith\n" in card and "license_link: https://s.example\n" in card
+    )
+
+
+def run_cli(module, capsys, *arguments: str) -> str:
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    assert module.run(parser.parse_args(arguments)) == 0
+    return capsys.readouterr().out
+
+
+def test_commands_push_and_inspect(server, files, book, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", "token-alice")
+    out = run_cli(push_command, capsys, str(tmp_path / "book"), REPO, "--license", "apache-2.0")
+    tag = artefact_tag(files[CONFIG_FILE])
+    assert f'"revision": "{tag}"' in out
+    report = json.loads(run_cli(inspect_command, capsys, REPO, "--revision", tag, "--json"))
+    assert report["commit"] == server.repos[REPO].refs["main"]
+    assert report["bits"] == book.bits and report["bytes_per_token"] == book.token_bytes
+    assert report["files"][TENSOR_FILE] == {"sha256": book.sha256, "size": len(files[TENSOR_FILE])}
+    assert report["bits_per_head"]["0"]["keys"] == list(book.layers[0].keys.layout.bits)
+    text = run_cli(inspect_command, capsys, str(tmp_path / "book"))
+    for expected in (BASE, book.sha256, "2 bits an element", "perplexity 18.62 plain, 18.96", "24 32 | 32 40", tag):
+        assert expected in text
 
 
 # Trust

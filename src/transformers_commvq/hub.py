@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
+from .cards import TAG_PREFIX, artefact_tag
 from .codebook import CONFIG_FILE, LIBRARY, TENSOR_FILE, Codebook, ModelGeometry
 from .config import (
     CodebookError,
@@ -116,7 +117,8 @@ def pull(
 ) -> Codebook:
     """Fetch a codebook from the Hub into the Hub cache, verify it, and read it.
 
-    Both files come from one commit. A pinned commit that is already in the cache costs no request.
+    Both files come from one commit. A pinned commit, or a tag made by ``push``, that is already in the cache costs no
+    request; such a tag is a hash of the artefact, which is checked.
 
     expected_sha256: of the tensor file, from a source more trusted than the repository.
 
@@ -129,6 +131,8 @@ def pull(
     """
     folder = download(repo_id, revision, token=token, local_files_only=local_files_only)
     try:
+        if (revision or "").startswith(TAG_PREFIX) and artefact_tag((folder / CONFIG_FILE).read_bytes()) != revision:
+            raise CodebookIntegrityError(f"{CONFIG_FILE} is not the one that revision {revision} names.")
         return Codebook.load(folder, expected_sha256)
     except (CodebookIntegrityError, CodebookFormatError) as error:
         _forget(folder)
@@ -148,14 +152,12 @@ def download(
     with hub_errors(repo_id, revision):
         validate_repo_id(repo_id)
         # One request turns a branch or tag into a commit; both files are then asked for by that commit.
-        commit = HfApi(library_name=LIBRARY).resolve_revision(
-            repo_id, revision=revision, token=token, local_files_only=local_files_only
-        )
+        commit = _commit(repo_id, revision, token, local_files_only)
         paths = [
             hf_hub_download(
                 repo_id,
                 name,
-                revision=commit.resolved,
+                revision=commit,
                 token=token,
                 local_files_only=local_files_only,
                 library_name=LIBRARY,
@@ -163,6 +165,14 @@ def download(
             for name in (CONFIG_FILE, TENSOR_FILE)
         ]
     return Path(paths[0]).parent
+
+
+def _commit(repo_id: str, revision: str | None, token: Any, local_files_only: bool) -> str:
+    api = HfApi(library_name=LIBRARY)
+    if (revision or "").startswith(TAG_PREFIX):  # names its contents: what the cache knows of it cannot be outdated
+        with suppress(RevisionResolutionError):
+            return api.resolve_revision(repo_id, revision=revision, local_files_only=True).resolved
+    return api.resolve_revision(repo_id, revision=revision, token=token, local_files_only=local_files_only).resolved
 
 
 def is_hub_id(name: str) -> bool:
