@@ -19,7 +19,8 @@ from .config import (
     ConfigError,
     UnsupportedModelError,
 )
-from .integration import disable, enable, make_cache, register, unregister
+from .integration import disable, enable, make_cache
+from .loading import register, unregister
 
 __version__ = "0.1.0"
 

@@ -12,11 +12,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .cache import Call, CommVQCache, CommVQLayer, current
+from .cache import CommVQCache
 from .config import METHOD, CacheUseError
+from .layer import Call, CommVQLayer, current
 from .ops import attention, attention_exact, merge
 
 
+@torch.compiler.disable
 def commvq_attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -71,9 +73,10 @@ def _merged(layer: CommVQLayer | None, query, key, value, mask, past, scaling, s
         if coded and layer.sink_tokens:
             sink_keys, sink_values, token, held = layer.sinks()
             keys, values = torch.cat([sink_keys, keys], 2), torch.cat([sink_values, values], 2)
-            bias = torch.cat(
-                [_sink_bias(mask, token, held, new), _full(bias, batch, new, past + new - coded, query)], 3
-            )
+            if mask is not None or not layer.sinks_coded:
+                bias = torch.cat(
+                    [_sink_bias(mask, token, held, new), _full(bias, batch, new, past + new - coded, query)], 3
+                )
         out, lse = attention_exact(query, keys, values, bias, scaling, softcap)
         if coded:
             out, lse = merge(out, lse, *attention(query, layer.coded_past(), mask, scaling, softcap))
@@ -105,29 +108,46 @@ def _sink_bias(mask: torch.Tensor | None, token: torch.Tensor, held: torch.Tenso
     return rows.gather(3, index) + unused
 
 
+@torch.compiler.disable
 def before_attention(module: nn.Module, args: tuple, kwargs: dict) -> None:
-    """Forward pre-hook of attention modules: tells the cache layer about to be updated where its tokens stand."""
+    """Forward pre-hook of attention modules: tells the cache layer about to be updated where its tokens stand.
+
+    Raises:
+        CacheUseError: the module was given a CommVQCache but no rotary tables.
+    """
     current.call = None
-    given = dict(zip(_parameter_names(type(module)), args, strict=False)) | kwargs
+    given = dict(zip(parameter_names(type(module)), args, strict=False)) | kwargs
     cache = next((v for v in given.values() if isinstance(v, CommVQCache)), None)
     layer = cache.layers[module.layer_idx] if cache is not None else None
     if not isinstance(layer, CommVQLayer):
         return
-    cos, sin = (layer.rope.compact(t if t.dim() == 3 else t[None]) for t in given["position_embeddings"])
+    tables = given.get("position_embeddings")
+    if tables is None:
+        raise CacheUseError(
+            f"{type(module).__name__} (layer {module.layer_idx}) was given no position_embeddings, so its tokens' "
+            "positions are unknown. Fix: report this model as unsupported."
+        )
+    cos, sin = (cache.rope.compact(t if t.dim() == 3 else t[None]) for t in tables)
     positions, mask = given.get("position_ids"), given.get("attention_mask")
     fused = module.config._attn_implementation == METHOD
     current.call = Call(module, layer, cos, sin, positions, mask, fused)
 
 
 @cache_results
-def _parameter_names(cls: type[nn.Module]) -> tuple[str, ...]:
+def parameter_names(cls: type[nn.Module]) -> tuple[str, ...]:
+    """Names of a module class's forward parameters, self left out."""
     return tuple(inspect.signature(cls.forward).parameters)[1:]
 
 
+@torch.compiler.disable
 def after_attention(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-    """Forward hook of attention modules: new tokens handed out must have come back."""
+    """Forward hook of attention modules, also called after an exception: new tokens handed out must have come back.
+
+    Raises:
+        CacheUseError: the model attended in another way, so the new tokens were never stored.
+    """
     call, current.call = current.call, None
-    if call is not None and call.module is module and call.fused and call.past >= 0:
+    if output is not None and call is not None and call.module is module and call.fused and call.past >= 0:
         raise CacheUseError(
             f"{type(module).__name__} updated a CommVQCache but did not call the {METHOD!r} attention function. "
             "Fix: enable(model) again, or report this model as unsupported."

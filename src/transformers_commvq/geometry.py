@@ -16,16 +16,16 @@ from .codebook import ModelGeometry
 from .config import UnsupportedModelError
 from .rope import Rope
 
-# Keys of these models are not "one RoPE over a plain key": latent attention, layers without RoPE, or a norm after it.
+# Models whose cache does not hold "RoPE over a plain key".
 _REFUSED = {
-    "deepseek_v2": "multi-head latent attention keeps a latent vector, not keys",
-    "deepseek_v3": "multi-head latent attention keeps a latent vector, not keys",
-    "llama4_text": "chunked attention with layers that have no RoPE",
-    "cohere2": "its full-attention layers have no RoPE",
-    "exaone4": "its full-attention layers have no RoPE",
-    "hunyuan_v1_dense": "it normalizes keys after RoPE",
-    "hunyuan_v1_moe": "it normalizes keys after RoPE",
+    "llama4_text": "its RoPE layers attend in chunks, and its other layers scale queries by position",
+    "hunyuan_v1_dense": "it normalizes keys after RoPE, so codes learned before RoPE would not fit",
+    "hunyuan_v1_moe": "it normalizes keys after RoPE, so codes learned before RoPE would not fit",
+    "hunyuan_vl_text": "it normalizes keys after RoPE, so codes learned before RoPE would not fit",
 }
+# Models whose full-attention layers do not rotate keys: always, or when other layers have a sliding window.
+_BARE = ("afmoe", "cohere2", "cohere2_moe", "flint")
+_BARE_BESIDE_SLIDING = ("exaone4", "exaone4_5_text", "exaone_moe", "kolibri1")
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,10 @@ class RopeReading:
         return table[..., self.columns]
 
 
-def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
+def attention_modules(model: nn.Module, config: Any = None) -> dict[int, nn.Module]:
     """The decoder's self-attention modules by layer index.
+
+    config: the decoder's; modules of another kind of config (a vision tower's) are passed over. None takes all.
 
     Raises:
         UnsupportedModelError: none is found, or they do not take ``position_embeddings``.
@@ -56,6 +58,8 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
     for module in model.modules():
         index = getattr(module, "layer_idx", None)
         if not isinstance(index, int) or "Attention" not in type(module).__name__ or not hasattr(module, "config"):
+            continue
+        if config is not None and type(module.config) is not type(config):
             continue
         names = inspect.signature(module.forward).parameters
         if "position_embeddings" in names and not getattr(module, "is_cross_attention", False):
@@ -68,12 +72,14 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
     return found
 
 
-def rotary_modules(model: nn.Module) -> list[nn.Module]:
-    """Modules that compute (cos, sin); most models have one."""
+def rotary_modules(model: nn.Module, config: Any = None) -> list[nn.Module]:
+    """Modules that compute (cos, sin); most models have one. config: as for ``attention_modules``."""
     return [
         m
         for m in model.modules()
-        if "RotaryEmbedding" in type(m).__name__ and any(n.endswith("inv_freq") for n, _ in m.named_buffers())
+        if ("Rotary" in type(m).__name__ or "RotaryEmbedding" in type(m).__name__)
+        and any(n.endswith("inv_freq") for n, _ in m.named_buffers())
+        and (config is None or type(getattr(m, "config", config)) is type(config))
     ]
 
 
@@ -142,6 +148,8 @@ def head_dimension(config: Any) -> int:
 class ModelReading:
     """All that the cache, calibration and integration need to know of a model.
 
+    rope: of the layers that rotate keys; of no pairs when none of them does.
+    bare: compressed layers that do not rotate keys.
     attention: layer index -> attention module, compressed layers only.
     """
 
@@ -149,6 +157,11 @@ class ModelReading:
     rope: RopeReading
     attention: dict[int, nn.Module]
     rotary: list[nn.Module]
+    bare: frozenset[int] = frozenset()
+
+    def rope_of(self, layer: int) -> Rope:
+        """How one compressed layer's keys are rotated."""
+        return Rope("none", 0) if layer in self.bare else self.rope.rope
 
 
 def read_model(model: PreTrainedModel, base_model: str | None = None) -> ModelReading:
@@ -159,39 +172,61 @@ def read_model(model: PreTrainedModel, base_model: str | None = None) -> ModelRe
     Raises:
         UnsupportedModelError: with the reason, when its cache cannot be compressed.
     """
+    name = type(model).__name__
     config = model.config.get_text_config(decoder=True)
     if reason := _REFUSED.get(config.model_type):
         raise UnsupportedModelError(f"{config.model_type} models are not supported: {reason}.")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{name} is an encoder-decoder model; CommVQ compresses decoder-only models.")
+    if getattr(config, "kv_lora_rank", None):
+        raise UnsupportedModelError(f"{name}: multi-head latent attention keeps a latent vector, not keys.")
     if not model._can_set_attn_implementation():
-        raise UnsupportedModelError(f"{type(model).__name__} does not use transformers' AttentionInterface.")
+        raise UnsupportedModelError(f"{name} does not use transformers' AttentionInterface.")
+    types, _ = get_layer_types_and_kwargs(config)
     layers = compressed_layers(config)
     if not layers:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no full-attention layer whose cache could be compressed."
+            f"{name} has no full-attention layer whose cache could be compressed; its layers are "
+            f"{', '.join(sorted(set(types)))}, whose cache does not grow with the text."
         )
-    modules = attention_modules(model)
+    if "dummy" in types and getattr(config, "num_kv_shared_layers", 0):
+        raise UnsupportedModelError(f"{name}: layers that read another layer's keys are not supported.")
+    modules = attention_modules(model, config)
     if missing := [i for i in layers if i not in modules]:
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: layers {missing} have no attention module that uses RoPE."
-        )
-    if bare := [i for i in layers if not getattr(modules[i], "use_rope", True)]:
-        raise UnsupportedModelError(f"{type(model).__name__}: layers {bare} have no RoPE.")
-    rotary = rotary_modules(model)
+        raise UnsupportedModelError(f"{name}: layers {missing} have no attention module that uses RoPE.")
+    rotary = rotary_modules(model, config)
     if not rotary:
-        raise UnsupportedModelError(f"{type(model).__name__} has no rotary embedding module.")
+        raise UnsupportedModelError(f"{name} has no rotary embedding module, so its keys have no RoPE.")
     dim = head_dimension(config)
-    reading = read_rope(modules[layers[0]], dim, _table_width(rotary[0]))
+    bare = _bare_layers(config, modules, layers)
+    rotated = [i for i in layers if i not in bare]
+    if rotated:
+        reading = read_rope(modules[rotated[0]], dim, _table_width(rotary[0]))
+    else:
+        reading = RopeReading(Rope("none", 0), slice(0, 0), 0)
+    rope = {**reading.rope.to_dict(), "parameters": rope_parameters(config)}
+    if rotated and bare:
+        rope["bare_layers"] = sorted(bare)
     geometry = ModelGeometry(
-        id=base_model or str(getattr(model.config, "_name_or_path", "") or type(model).__name__),
+        id=base_model or str(getattr(model.config, "_name_or_path", "") or name),
         revision=None,
         model_type=config.model_type,
         num_hidden_layers=config.num_hidden_layers,
         layers=layers,
         num_key_value_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         head_dim=dim,
-        rope={**reading.rope.to_dict(), "parameters": rope_parameters(config)},
+        rope=rope,
     )
-    return ModelReading(geometry, reading, {i: modules[i] for i in layers}, rotary)
+    return ModelReading(geometry, reading, {i: modules[i] for i in layers}, rotary, bare)
+
+
+def _bare_layers(config: Any, modules: dict[int, nn.Module], layers: tuple[int, ...]) -> frozenset[int]:
+    """Compressed layers whose keys are not rotated."""
+    kind = config.model_type
+    windowed = getattr(config, "sliding_window", None) is not None
+    if (kind in _BARE and not getattr(config, "force_rope", False)) or (kind in _BARE_BESIDE_SLIDING and windowed):
+        return frozenset(layers)
+    return frozenset(i for i in layers if not getattr(modules[i], "use_rope", True))
 
 
 def _table_width(rotary: nn.Module) -> int:
@@ -203,5 +238,5 @@ def _table_width(rotary: nn.Module) -> int:
         return rotary(x, positions, **kwargs)[0].shape[-1]
     except (TypeError, RuntimeError, IndexError, AttributeError) as error:
         raise UnsupportedModelError(
-            f"{type(rotary).__name__} does not take plain (x, position_ids): multi-axis RoPE is not supported ({error})."
+            f"{type(rotary).__name__} does not take plain (x, position_ids); its RoPE is not supported ({error})."
         ) from error

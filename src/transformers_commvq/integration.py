@@ -1,34 +1,23 @@
-"""Wires CommVQ into transformers: ``enable`` and ``disable`` for a model, ``kv_cache=`` for from_pretrained, and the
-``quantization_config`` registry. Importing adds names to registries and wraps exactly one function.
-"""
+"""Wires CommVQ into a model: ``enable``, ``disable``, and the cache it makes wherever it would make its own."""
 
 from __future__ import annotations
 
-import functools
-import threading
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    AUTO_QUANTIZER_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
-from transformers.quantizers.base import HfQuantizer
 
 from . import attention, hub
 from .cache import CommVQCache
 from .codebook import Codebook
-from .config import METHOD, CacheUseError, CommVQConfig, ConfigError
+from .config import METHOD, CacheUseError, CommVQConfig, ConfigError, UnsupportedModelError
 from .geometry import ModelReading, read_model
 
-_STATE = "_commvq"
-_lock = threading.Lock()
+_STATE = "_commvq"  # attribute of an enabled model
 
 
 @dataclass
@@ -46,25 +35,40 @@ class Enabled:
     handles: list[Any] = field(default_factory=list)
 
     def codebook(self, config: CommVQConfig) -> Codebook:
+        """The codebooks for a config, each layer's where that layer computes now."""
         key = str((config.bits, config.codebook, config.revision, config.base_model))
-        if key not in self.codebooks:
-            self.codebooks[key] = _resolve(config, self.reading)
+        book = self.codebooks.get(key) or hub.resolve(config, self.reading.geometry)
+        self.codebooks[key] = _placed(book, self.reading)
         return self.codebooks[key]
 
 
-def _resolve(config: CommVQConfig, reading: ModelReading) -> Codebook:
-    return hub.resolve(config, reading.geometry).to(_device(reading))
+def _placed(book: Codebook, reading: ModelReading) -> Codebook:
+    """Codebooks on their layers' devices, so that caches share them instead of each moving its own."""
+    moved = {}
+    for i, layer in book.layers.items():
+        device = _device(reading.attention[i])
+        moved[i] = layer if layer.keys.mean.device == device else layer.to(device)
+    if all(moved[i] is layer for i, layer in book.layers.items()):
+        return book
+    return replace(book, layers=moved)
 
 
-def _device(reading: ModelReading) -> torch.device:
-    """Where the first compressed layer computes; layers elsewhere move their own books on first use."""
-    parameter = next(next(iter(reading.attention.values())).parameters(), None)
+def _device(module: nn.Module) -> torch.device:
+    """Where a module computes; weights that accelerate keeps elsewhere come to it for the time of a forward."""
+    hook = getattr(module, "_hf_hook", None)
+    for child in (module, *module.children()):
+        hook = hook or getattr(child, "_hf_hook", None)
+    execution = getattr(hook, "execution_device", None)
+    if execution is not None:
+        return torch.device("cuda", execution) if isinstance(execution, int) else torch.device(execution)
+    parameter = next(module.parameters(), None)
     return torch.device("cpu") if parameter is None or parameter.device.type == "meta" else parameter.device
 
 
 def enable(model: PreTrainedModel, kv_cache: Any = METHOD) -> PreTrainedModel:
     """Make a model use a compressed KV cache wherever it would make its own.
 
+    model: a transformers model, or a PEFT or compiled wrapper of one.
     kv_cache: "commvq" (2 bits), a codebook folder or Hub id, a dict of CommVQConfig fields, or a CommVQConfig.
     Returns the model, changed in place: generate() and plain forwards with ``use_cache`` now make a CommVQCache. The
     weights are not touched. Enabling again replaces the settings.
@@ -74,47 +78,89 @@ def enable(model: PreTrainedModel, kv_cache: Any = METHOD) -> PreTrainedModel:
         UnsupportedModelError: the model's cache cannot be compressed; says why.
         CodebookError: no codebooks, or not this model's, or damaged; says how to get them.
     """
+    given, model = model, _unwrapped(model)
     config = CommVQConfig.from_spec(kv_cache)
     reading = read_model(model, config.base_model)
-    previous = model.config._attn_implementation
+    if config.base_model is None and hub.is_hub_id(reading.geometry.id) and not Path(reading.geometry.id).exists():
+        # A saved copy must still find the codebooks of the model it is a copy of.
+        config = replace(config, base_model=reading.geometry.id)
+    previous = model.config.get_text_config(decoder=True)._attn_implementation
     if state := model.__dict__.get(_STATE):
         previous = state.previous
     state = Enabled(config, reading, {}, previous)
     state.codebook(config)  # everything that can fail has happened before the model is changed
     disable(model)
-    register()
+    attention.register()
     _warn_if_little_is_compressed(reading)
-    model.set_attn_implementation(METHOD)
-    state.handles = [
-        handle
-        for module in reading.attention.values()
-        for handle in (
+    _set_attention(model, METHOD)
+    for module in reading.attention.values():
+        state.handles += [
             module.register_forward_pre_hook(attention.before_attention, with_kwargs=True),
-            module.register_forward_hook(attention.after_attention, with_kwargs=True),
-        )
-    ]
+            module.register_forward_hook(attention.after_attention, with_kwargs=True, always_call=True),
+        ]
     state.handles.append(model.register_forward_pre_hook(_supply_cache, with_kwargs=True))
     model.__dict__[_STATE] = state
     model.__dict__["_prepare_cache_for_generation"] = _CachePreparer(model)
+    model.__dict__["init_continuous_batching"] = _refuse_paged_cache
     if (generation := getattr(model, "generation_config", None)) is not None:
         generation._from_model_config = False  # else transformers drops fields it does not know when reloading
         generation.kv_cache = config.to_dict()
-    return model
+    return given
 
 
 def disable(model: PreTrainedModel) -> PreTrainedModel:
     """Undo ``enable``: the model makes its plain cache again. Does nothing to a model that is not enabled."""
+    given, model = model, _unwrapped(model)
     state: Enabled | None = model.__dict__.pop(_STATE, None)
     if state is None:
-        return model
+        return given
     for handle in state.handles:
         handle.remove()
-    model.__dict__.pop("_prepare_cache_for_generation", None)
-    model.set_attn_implementation(state.previous)
+    for name in ("_prepare_cache_for_generation", "init_continuous_batching"):
+        model.__dict__.pop(name, None)
+    _set_attention(model, state.previous)
     generation = getattr(model, "generation_config", None)
     if hasattr(generation, "kv_cache"):
         del generation.kv_cache
-    return model
+    return given
+
+
+def is_enabled(model: PreTrainedModel) -> bool:
+    """Whether ``enable`` is in effect."""
+    return _STATE in _unwrapped(model).__dict__
+
+
+def _unwrapped(model: Any) -> PreTrainedModel:
+    """The transformers model inside torch.compile's or PEFT's wrapper.
+
+    Raises UnsupportedModelError when there is none.
+    """
+    inner = getattr(model, "_orig_mod", model)
+    if not isinstance(inner, PreTrainedModel) and hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
+    if not isinstance(inner, PreTrainedModel):
+        raise UnsupportedModelError(f"{type(model).__name__} is not a transformers model.")
+    return inner
+
+
+def _set_attention(model: PreTrainedModel, name: str) -> None:
+    """Set the decoder's attention implementation; a vision or audio tower keeps its own."""
+    path = _config_path(model.config, model.config.get_text_config(decoder=True))
+    for key in reversed(path):
+        name = {key: name}
+    model.set_attn_implementation(name)
+
+
+def _config_path(config: Any, wanted: Any) -> list[str]:
+    """Names of the sub-configs that lead from one config to another."""
+    if config is wanted:
+        return []
+    for key in config.sub_configs:
+        if (inner := getattr(config, key, None)) is wanted:
+            return [key]
+        if inner is not None and (path := _config_path(inner, wanted)):
+            return [key, *path]
+    return []
 
 
 def make_cache(model: PreTrainedModel, kv_cache: Any = None) -> CommVQCache:
@@ -125,15 +171,18 @@ def make_cache(model: PreTrainedModel, kv_cache: Any = None) -> CommVQCache:
     Raises:
         CacheUseError: the model is not enabled.
     """
+    model = _unwrapped(model)
     state: Enabled | None = model.__dict__.get(_STATE)
     if state is None:
         raise CacheUseError("this model is not enabled. Fix: call transformers_commvq.enable(model, ...) first.")
-    config = state.config if kv_cache is None else _override(state.config, kv_cache)
+    config = _override(state.config, kv_cache)
     return CommVQCache(state.reading, state.codebook(config), config, model.config)
 
 
 def _override(config: CommVQConfig, kv_cache: Any) -> CommVQConfig:
-    """Settings of one call: a dict changes the model's settings, anything else replaces them."""
+    """Settings of one call: a dict changes the model's settings, a config or a codebook's name replaces them."""
+    if kv_cache in (None, True, METHOD):
+        return config
     if not isinstance(kv_cache, dict):
         return CommVQConfig.from_spec(kv_cache)
     changed = config.to_dict() | kv_cache
@@ -151,28 +200,57 @@ class _CachePreparer:
     def __call__(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length):
         model = self.model
         spec = getattr(generation_config, "kv_cache", None)
-        ours = (
+        wanted = (
             model_kwargs.get("past_key_values") is None
             and generation_config.use_cache is not False
-            and generation_config.cache_implementation in (None, "dynamic")
             and spec is not False
         )
-        if not ours:
+        other = generation_config.cache_implementation
+        if wanted and other not in (None, "dynamic"):
+            warnings.warn(
+                f"cache_implementation={other!r} is used; the cache of this call is not compressed.", stacklevel=4
+            )
+            wanted = False
+        if not wanted:
             args = (generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
             return type(model)._prepare_cache_for_generation(model, *args)
-        cache = model_kwargs["past_key_values"] = make_cache(model, spec or None)
+        cache = model_kwargs["past_key_values"] = make_cache(model, spec)
         if generation_config.is_assistant:
             cache.activate_past_recording()
         return None
 
 
+def _refuse_paged_cache(*args, **kwargs):
+    """Stands in for an enabled model's ``init_continuous_batching``, behind generate_batch."""
+    raise CacheUseError(
+        "generate_batch keeps a paged cache of its own, which cannot be compressed. "
+        "Fix: use generate(), or call transformers_commvq.disable(model) first."
+    )
+
+
 def _supply_cache(model: PreTrainedModel, args: tuple, kwargs: dict):
-    """Forward pre-hook of the model: a plain call that wants a cache and brings none gets ours."""
-    use_cache = kwargs.get("use_cache")
-    if use_cache is None:
-        use_cache = getattr(model.config.get_text_config(decoder=True), "use_cache", True)
-    if use_cache and kwargs.get("past_key_values") is None and not torch.is_grad_enabled() and not model.training:
-        kwargs["past_key_values"] = make_cache(model)
+    """Forward pre-hook of the model: a plain call that wants a cache and brings none gets ours.
+
+    Raises ConfigError when attention weights are asked for.
+    """
+    names = attention.parameter_names(type(model))
+    given = dict(zip(names, args, strict=False)) | kwargs
+    config = model.config.get_text_config(decoder=True)
+    asked = given.get("output_attentions")
+    if (config.output_attentions if asked is None else asked) and config._attn_implementation == METHOD:
+        raise ConfigError(
+            "output_attentions: CommVQ attention never forms the weights. "
+            'Fix: model.set_attn_implementation("eager"), which attends over the decoded cache; or leave it out.'
+        )
+    use_cache = given.get("use_cache")
+    use_cache = getattr(config, "use_cache", True) if use_cache is None else use_cache
+    wanted = use_cache and given.get("past_key_values") is None and "past_key_values" in names
+    if wanted and not torch.is_grad_enabled() and not model.training:
+        place = names.index("past_key_values")
+        if len(args) > place:
+            args = (*args[:place], make_cache(model), *args[place + 1 :])
+        else:
+            kwargs["past_key_values"] = make_cache(model)
     return args, kwargs
 
 
@@ -184,80 +262,3 @@ def _warn_if_little_is_compressed(reading: ModelReading) -> None:
             "the others (sliding window or linear attention) keep their own small cache.",
             stacklevel=3,
         )
-
-
-def _wrap_from_pretrained() -> None:
-    current = PreTrainedModel.__dict__["from_pretrained"].__func__
-    if hasattr(current, "_commvq_original"):
-        return
-
-    @functools.wraps(current)
-    def from_pretrained(cls, *args, kv_cache=None, **kwargs):
-        if kv_cache not in (None, False):
-            kv_cache = CommVQConfig.from_spec(kv_cache)  # wrong settings are told before weights are loaded
-        result = current(cls, *args, **kwargs)
-        model = result[0] if isinstance(result, tuple) else result
-        if kv_cache is None and _STATE not in model.__dict__:
-            kv_cache = _saved_settings(model)
-        if isinstance(kv_cache, (CommVQConfig, dict)):
-            enable(model, kv_cache)
-        return result
-
-    from_pretrained._commvq_original = current
-    PreTrainedModel.from_pretrained = classmethod(from_pretrained)
-
-
-def _saved_settings(model: nn.Module) -> dict | None:
-    """``generation_config.kv_cache`` of a checkpoint that was saved while enabled."""
-    saved = getattr(getattr(model, "generation_config", None), "kv_cache", None)
-    return saved if isinstance(saved, dict) and saved.get("quant_method") == METHOD else None
-
-
-def register() -> None:
-    """Add CommVQ to transformers' registries and let from_pretrained take ``kv_cache=``; idempotent."""
-    with _lock:
-        attention.register()
-        if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-            register_quantization_config(METHOD)(CommVQConfig)
-        if METHOD not in AUTO_QUANTIZER_MAPPING:
-            register_quantizer(METHOD)(CommVQQuantizer)
-        _wrap_from_pretrained()
-
-
-def unregister() -> None:
-    """Undo the wrapping of from_pretrained and the quantizer registration; enabled models keep working."""
-    with _lock:
-        wrapped = PreTrainedModel.__dict__["from_pretrained"].__func__
-        if original := getattr(wrapped, "_commvq_original", None):
-            PreTrainedModel.from_pretrained = classmethod(original)
-        AUTO_QUANTIZATION_CONFIG_MAPPING.pop(METHOD, None)
-        AUTO_QUANTIZER_MAPPING.pop(METHOD, None)
-
-
-class CommVQQuantizer(HfQuantizer):
-    """``from_pretrained(quantization_config=CommVQConfig(...))``: leaves the weights alone and enables the cache."""
-
-    requires_calibration = False
-
-    def _process_model_before_weight_loading(self, model, **kwargs):
-        return model
-
-    def _process_model_after_weight_loading(self, model, **kwargs):
-        model.is_quantized = False  # the weights are plain: .half(), .to() and save_pretrained must keep working
-        if not isinstance(self.quantization_config, CommVQConfig):
-            raise ConfigError(f"quantization_config is a {type(self.quantization_config).__name__}, not CommVQConfig.")
-        return enable(model, self.quantization_config)
-
-    def is_serializable(self, *args, **kwargs) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        return True
-
-    def get_weight_conversions(self) -> list:
-        return []

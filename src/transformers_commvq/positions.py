@@ -26,11 +26,14 @@ class PositionTrack:
         cos, sin: (rows, tokens, pairs) or None, when the frequencies are not fixed.
     Other:
         rows is 1 when all rows of the batch agree, else the batch size.
+
+    Only coded tokens are ever looked up, so new tokens wait in a list and are joined when one of them is needed:
+    decoding one token reads nothing back from the device and copies nothing that grows.
     """
 
     def __init__(self, inv_freq: torch.Tensor, scaling: float, fixed: bool = True):
         """inv_freq: (pairs,) float32; fixed: False keeps cos and sin from the start."""
-        self.inv_freq, self.scaling, self.fixed = inv_freq.detach().float().cpu(), scaling, fixed
+        self.inv_freq, self.scaling = inv_freq.detach().float().cpu(), scaling
         self._initially_fixed = fixed
         self._by_device: dict[torch.device, torch.Tensor] = {}
         self._relative: dict[tuple[torch.device, int], tuple[torch.Tensor, torch.Tensor]] = {}
@@ -38,62 +41,103 @@ class PositionTrack:
 
     def _clear(self) -> None:
         self.fixed = self._initially_fixed
-        self.positions = self.cos = self.sin = None
+        self._length = 0
+        self._held: dict[str, torch.Tensor] = {}
+        self._waiting: dict[str, list[torch.Tensor]] = {}
+        self._grouped = None
         self._breaks: list[int] = []  # tokens whose position does not follow their predecessor's in every row
 
     def __len__(self) -> int:
-        held = self.positions if self.fixed else self.cos
-        return 0 if held is None else held.shape[1]
+        return self._length
+
+    @property
+    def positions(self) -> torch.Tensor | None:
+        self._join()
+        return self._held.get("positions")
 
     @property
     def nbytes(self) -> int:
-        held = [t for t in (self.positions, self.cos, self.sin) if t is not None]
+        held = [*self._held.values(), *(t for parts in self._waiting.values() for t in parts)]
+        if self._grouped is not None:
+            offsets, first, whole = self._grouped[1]
+            held += [*offsets, *first, whole]
         return sum(t.nbytes for t in held) + sum(t.nbytes for pair in self._relative.values() for t in pair)
 
     def extend(self, past: int, positions: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor) -> None:
         """Record new tokens; a second layer's call for the same tokens changes nothing.
 
         past: tokens of the cache before these. positions: (rows, new) or None. cos, sin: (rows, new, pairs).
+
+        Raises:
+            CacheUseError: the layers of the cache no longer hold the same tokens.
         """
         new = cos.shape[1]
-        if len(self) >= past + new:
+        if self._length == past + new:
             return
-        if len(self) != past:
-            raise CacheUseError(f"positions of {len(self)} tokens are known, but the cache holds {past}.")
-        if self.fixed and not self._agree(positions, cos, sin):
+        if self._length != past:
+            raise CacheUseError(
+                f"this layer holds {past} tokens and is given {new}, but the cache has seen {self._length}: an earlier "
+                "forward was interrupted, or skipped layers. Fix: start from a new cache, or reset() this one."
+            )
+        # One token cannot start a new rotation: types that change while decoding are not fixed from the start.
+        if self.fixed and (new > 1 or not past) and not self._agree(positions, cos, sin):
             self._stop_being_fixed(cos.dtype)
-        if not self.fixed:
-            cos, sin = cos.cpu(), sin.cpu()
-            self.cos, self.sin = (_append(a, b, 1) for a, b in ((self.cos, cos), (self.sin, sin)))
-            return
-        positions = positions.to("cpu", torch.int32)
-        positions = positions[:1] if bool((positions == positions[:1]).all()) else positions
-        before = self.positions
-        self.positions = _append(before, positions, 1).contiguous()
-        first = max(past, 1)
-        steps = self.positions[:, first:] - self.positions[:, first - 1 : -1]
-        self._breaks += (first + (steps != 1).any(0).nonzero().flatten()).tolist()
+        if self.fixed:
+            # Rows are compared when they are joined; one row needs no comparison.
+            self._wait(positions=positions.to(torch.int32))
+        else:
+            self._wait(cos=cos, sin=sin)
+        self._length += new
+
+    def _wait(self, **tensors: torch.Tensor) -> None:
+        for name, tensor in tensors.items():
+            self._waiting.setdefault(name, []).append(tensor.detach().clone())
+
+    def _join(self) -> None:
+        """Move waiting tokens to the held ones."""
+        for name, parts in self._waiting.items():
+            new = parts[0]
+            for part in parts[1:]:
+                new = _append(new, part)
+            held = self._held.get(name)
+            if name == "positions":
+                new = new[:1].clone() if new.shape[0] > 1 and bool((new == new[:1]).all()) else new
+                past = 0 if held is None else held.shape[1]
+                joined = new if held is None else _append(held, new)
+                first = max(past, 1)
+                steps = joined[:, first:] - joined[:, first - 1 : -1]
+                self._breaks += (first + (steps != 1).any(0).nonzero().flatten()).tolist()
+            else:
+                joined = new if held is None else _append(held, new)
+            self._held[name] = joined
+        self._waiting = {}
 
     def _agree(self, positions, cos, sin) -> bool:
         if positions is None or positions.dim() != 2 or positions.shape[1] != cos.shape[1]:
             return False
-        want_cos, want_sin = angles(positions.cpu(), self.inv_freq, self.scaling)
+        want_cos, want_sin = angles(positions.to(cos.device), self._frequencies(cos.device), self.scaling)
         if want_cos.shape[-1] != cos.shape[-1]:
             return False
         bound = _TOLERANCE[cos.dtype] * max(self.scaling, 1.0)
-        return all(bool(((a - b.float().cpu()).abs() <= bound).all()) for a, b in ((want_cos, cos), (want_sin, sin)))
+        return all(bool(((a - b.float()).abs() <= bound).all()) for a, b in ((want_cos, cos), (want_sin, sin)))
 
     def _stop_being_fixed(self, dtype: torch.dtype) -> None:
+        self._join()
         self.fixed = False
-        if self.positions is not None:
-            self.cos, self.sin = (t.to(dtype) for t in angles(self.positions, self.inv_freq, self.scaling))
-            self.positions = None
+        if (positions := self._held.pop("positions", None)) is not None:
+            cos, sin = angles(positions, self._frequencies(positions.device), self.scaling)
+            self._held = {"cos": cos.to(dtype), "sin": sin.to(dtype)}
 
     def tables(self, start: int, stop: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin of tokens start..stop, float32 (rows, stop - start, pairs)."""
         if self.fixed:
-            return angles(self.positions[:, start:stop].to(device), self._frequencies(device), self.scaling)
-        return tuple(t[:, start:stop].to(device, torch.float32) for t in (self.cos, self.sin))
+            return angles(self._get("positions", start, stop, device), self._frequencies(device), self.scaling)
+        return tuple(self._get(name, start, stop, device).float() for name in ("cos", "sin"))
+
+    def _get(self, name: str, start: int, stop: int, device: torch.device) -> torch.Tensor:
+        if name not in self._held or stop > self._held[name].shape[1]:
+            self._join()
+        return self._held[name][:, start:stop].to(device)
 
     def block(self, start: int, stop: int, size: int, device: torch.device):
         """The rotations of a block as ``R(position) = R(start) R(offset)``, when its positions are consecutive.
@@ -102,6 +146,8 @@ class PositionTrack:
         Returns ((cos, sin) of offsets (1, stop - start, pairs), (cos, sin) of the start (rows, 1, pairs)); the second
         is None where positions are not consecutive, and then the first is that of ``tables``.
         """
+        if self.fixed:
+            origin = self._get("positions", start, stop, device)[:, :1]  # first: it may bring new breaks
         if not self.fixed or self._broken(start + 1, stop):
             return self.tables(start, stop, device), None
         key = (device, size)
@@ -109,7 +155,31 @@ class PositionTrack:
             offsets = torch.arange(size, device=device)[None]
             self._relative[key] = angles(offsets, self._frequencies(device))
         table = tuple(t[:, : stop - start] for t in self._relative[key])
-        return table, angles(self.positions[:, start : start + 1].to(device), self._frequencies(device), self.scaling)
+        return table, angles(origin, self._frequencies(device), self.scaling)
+
+    def groups(self, length: int, size: int):
+        """The rotations of tokens 0..length in groups of ``size``, on the CPU; kept until the length changes.
+
+        Returns float32 (cos, sin) of offsets (size, pairs); (cos, sin) of each group's first token (rows, groups,
+        pairs), NaN for a group whose positions are not consecutive; cos and sin of single tokens (rows, length, 2,
+        pairs), empty if no group needs them.
+        """
+        if self._grouped is not None and self._grouped[0] == (length, size):
+            return self._grouped[1]
+        device = torch.device("cpu")
+        offsets = angles(torch.arange(size), self.inv_freq)
+        starts = range(0, length, size)
+        broken = [not self.fixed or self._broken(a + 1, min(a + size, length)) for a in starts]
+        if self.fixed:
+            first = angles(self.positions[:, :length:size], self.inv_freq, self.scaling)
+        else:
+            first = tuple(t[:, :length:size].float() for t in (self.cos, self.sin))
+        first[0][:, torch.tensor(broken)] = torch.nan
+        whole = torch.empty(1, 0, 2, self.inv_freq.shape[0])
+        if any(broken):
+            whole = torch.stack(self.tables(0, length, device), 2)
+        self._grouped = (length, size), (offsets, first, whole)
+        return self._grouped[1]
 
     def _broken(self, first: int, stop: int) -> bool:
         return bisect_left(self._breaks, stop) > bisect_right(self._breaks, first - 1)
@@ -121,7 +191,9 @@ class PositionTrack:
 
     def crop(self, length: int) -> None:
         """Keep the first ``length`` tokens."""
-        self._map(lambda t: t[:, :length].contiguous())
+        self._grouped = None
+        self._map(lambda t: t[:, :length].clone())
+        self._length = min(self._length, length)
         self._breaks = [b for b in self._breaks if b < length]
 
     def reset(self) -> None:
@@ -135,15 +207,12 @@ class PositionTrack:
         self._map(lambda t: t if t.shape[0] == 1 else t.repeat_interleave(repeats, 0))
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        for name in ("positions", "cos", "sin"):
-            if (held := getattr(self, name)) is not None:
-                setattr(self, name, change(held))
+        self._join()
+        self._held = {name: change(held) for name, held in self._held.items()}
 
 
-def _append(held: torch.Tensor | None, new: torch.Tensor, dim: int) -> torch.Tensor:
-    """Concatenate along dim, letting one row stand for all where the other has many."""
-    if held is None:
-        return new
+def _append(held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """Concatenate tokens, letting one row stand for all where the other has many."""
     rows = max(held.shape[0], new.shape[0])
     held, new = (t if t.shape[0] == rows else t.expand(rows, *t.shape[1:]) for t in (held, new))
-    return torch.cat([held, new.to(held.dtype)], dim)
+    return torch.cat([held, new.to(held.device, held.dtype)], 1)
