@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from ..config import CommVQError
 
-COMMANDS = ("demo",)
+COMMANDS = ("inspect", "estimate", "push", "demo", "cards")
 PROGRAM = "transformers-commvq"
 
 

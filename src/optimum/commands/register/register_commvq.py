@@ -12,7 +12,9 @@ PROGRAM = "optimum-cli commvq"
 
 
 class CommVQCommand(BaseOptimumCLICommand):
-    COMMAND = CommandInfo(name="commvq", help="Compress the KV cache of RoPE language models to 2 or 1 bits an element.")
+    COMMAND = CommandInfo(
+        name="commvq", help="Compress the KV cache of RoPE language models to 2 or 1 bits an element."
+    )
 
     @staticmethod
     def parse_args(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,277 @@
+"""``make demo``: one long prompt, answered with the plain cache and with compressed ones, everything measured here."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, GenerationConfig, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import logging as transformers_logging
+
+from . import demo_model
+from .cache import CommVQCache
+from .config import CommVQConfig, CommVQError, ConfigError
+from .demo_text import Prompt, build_prompt, held_passage
+from .evaluation import streaming_quality, uncompressed
+from .integration import disable, enable, make_cache
+
+ANSWER_TOKENS = 32
+DECODE_TOKENS = 32  # decoded after the answer, to time a steady pace
+CHUNK = 128  # tokens a step while the held passage streams through the cache
+NEEDED = ("rich", "matplotlib")
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """What the command line sets; see ``transformers-commvq demo --help``."""
+
+    model: str | None = None
+    base_model: str | None = None
+    bits: Iterable[float] = (2.0, 1.0)
+    codebook: Iterable[str] = ()
+    tokens: int = 4200
+    held_tokens: int = 2048
+    dtype: str = "auto"
+    device: str = "auto"
+    out: Path = Path("out")
+
+
+@dataclass
+class Measured:
+    """One cache on the prompt and on the held passage.
+
+    tokens, nbytes, fp16_bytes: of the cache after the answer; fp16_bytes is what 16 bits an element would take.
+    codebook_bytes: shared by every cache of the model and not in nbytes.
+    prefill, decode: tokens a second.
+    perplexity, kl: on the held passage; kl, nats a token, against the plain cache, None for itself.
+    sizes: (tokens, bytes) of the cache while it grew.
+    """
+
+    name: str
+    answer: str
+    right: bool
+    tokens: int
+    nbytes: int
+    fp16_bytes: int
+    codebook_bytes: int
+    prefill: float
+    decode: float
+    perplexity: float
+    kl: float | None
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def ratio(self) -> float:
+        return self.nbytes / self.fp16_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "ratio": self.ratio}
+
+
+class _Clock(BaseStreamer):
+    """Notes when the prompt has been read and when each token came."""
+
+    def __init__(self):
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def cache_bytes(cache: Cache) -> tuple[int, int]:
+    """(bytes of every tensor the cache holds, bytes of 16 bits for each of its key and value elements)."""
+    if isinstance(cache, CommVQCache):
+        report = cache.memory_report()
+        return report["total"], report["fp16"]
+    held = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
+    return sum(t.untyped_storage().nbytes() for t in held), 2 * sum(t.numel() for t in held)
+
+
+def choose_device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """Resolve "auto": a GPU if there is one; bfloat16 where the hardware computes in it, else float32.
+
+    Raises ConfigError: no such dtype.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        can = getattr(torch.cpu, "get_capabilities", dict)()
+        native = device != "cpu" or any(can.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+        dtype = "bfloat16" if native else "float32"
+    if dtype not in ("float32", "float16", "bfloat16"):
+        raise ConfigError(f"dtype={dtype!r}. Fix: float32, float16, bfloat16 or auto.")
+    return torch.device(device), getattr(torch, dtype)
+
+
+@torch.inference_mode()
+def answer(model: PreTrainedModel, tokenizer: Any, prompt: Prompt) -> dict[str, Any]:
+    """generate() on the prompt with the cache the model makes by default; the fields of Measured it decides."""
+    ids = torch.tensor([prompt.ids], device=model.device)
+    mask = torch.ones_like(ids)
+    settings = GenerationConfig(do_sample=False, max_new_tokens=ANSWER_TOKENS, return_dict_in_generate=True)
+    model.generate(ids[:, :64], attention_mask=mask[:, :64], do_sample=False, max_new_tokens=2)  # warm up
+    clock, start = _Clock(), time.perf_counter()
+    result = model.generate(ids, attention_mask=mask, generation_config=settings, streamer=clock)
+    prefill = ids.shape[1] / (clock.times[1] - start)  # times[0] is the prompt handed in
+    text = tokenizer.decode(result.sequences[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    cache = result.past_key_values
+    nbytes, fp16_bytes = cache_bytes(cache)
+    tokens = cache.get_seq_length()
+    token, start = result.sequences[:, -1:], time.perf_counter()
+    for _ in range(DECODE_TOKENS):
+        token = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+    token.cpu()  # wait for a GPU
+    decode = DECODE_TOKENS / (time.perf_counter() - start)
+    return {
+        "answer": text,
+        "right": prompt.expected in text,
+        "tokens": tokens,
+        "nbytes": nbytes,
+        "fp16_bytes": fp16_bytes,
+        "codebook_bytes": cache.codebook.nbytes if isinstance(cache, CommVQCache) else 0,
+        "prefill": prefill,
+        "decode": decode,
+        "sizes": [(tokens, nbytes)],
+    }
+
+
+@contextmanager
+def recorded_sizes(model: PreTrainedModel):
+    """Yields {id of a cache: its (tokens, bytes) after every forward} of the caches the model uses meanwhile."""
+    sizes: dict[int, list[tuple[int, int]]] = {}
+
+    def note(module, args, kwargs, output):
+        cache = kwargs["past_key_values"]
+        sizes.setdefault(id(cache), []).append((cache.get_seq_length(), cache_bytes(cache)[0]))
+
+    handle = model.register_forward_hook(note, with_kwargs=True)
+    try:
+        yield sizes
+    finally:
+        handle.remove()
+
+
+def stream(model: PreTrainedModel, held: torch.Tensor):
+    """The held passage through the compressed and the plain cache: (StreamingQuality, sizes ours, sizes plain)."""
+    made: list[Cache] = []
+
+    def keep(make: Callable[[PreTrainedModel], Cache]):
+        def call(model: PreTrainedModel) -> Cache:
+            made.append(make(model))
+            return made[-1]
+
+        return call
+
+    with recorded_sizes(model) as sizes:
+        quality = streaming_quality(
+            model, keep(make_cache), [held], chunk=CHUNK, make_reference=keep(uncompressed), progress=False
+        )
+    ours, plain = (sizes[id(cache)] for cache in made)
+    return quality, ours, plain
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    specs: dict[str, CommVQConfig],
+    prompt: Prompt,
+    held: torch.Tensor,
+    stage: Callable[[str], None] = lambda text: None,
+) -> list[Measured]:
+    """Measure the plain cache, then every config of ``specs`` (name -> config), one after another.
+
+    stage: told what is about to be done; it is called ``1 + 2 * len(specs)`` times.
+    """
+    disable(model)
+    stage("plain cache: answering")
+    rows = [Measured("plain", **answer(model, tokenizer, prompt), perplexity=float("nan"), kl=None)]
+    for name, config in specs.items():
+        enable(model, config)
+        try:
+            stage(f"{name}: answering")
+            row = answer(model, tokenizer, prompt)
+            stage(f"{name}: perplexity of {len(held):,} tokens, beside the plain cache")
+            quality, ours, plain = stream(model, held)
+        finally:
+            disable(model)
+        row["sizes"] = ours + row["sizes"]
+        rows.append(Measured(name, **row, perplexity=quality.perplexity, kl=quality.mean_kl))
+        if len(rows) == 2:  # the plain cache is the same for all: once is enough
+            rows[0].perplexity = quality.reference_perplexity
+            rows[0].sizes = plain + rows[0].sizes
+    return rows
+
+
+def _rate(bits: float) -> str:
+    return f"{bits:g} bit" if bits == 1 else f"{bits:g} bits"
+
+
+def _describe(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type.upper()}, {torch.get_num_threads()} threads"
+
+
+def run_demo(options: DemoOptions) -> int:
+    """The whole demo; returns the exit code.
+
+    Raises CommVQError: packages or the demo model are missing, or there are no codebooks for the model.
+    """
+    if missing := [name for name in NEEDED if find_spec(name) is None]:
+        raise CommVQError(f"the demo needs {' and '.join(missing)}. Fix: pip install 'transformers-commvq[demo]'")
+    from . import demo_report as report
+
+    transformers_logging.disable_progress_bar()
+    device, dtype = choose_device_and_dtype(options.device, options.dtype)
+    base_model = options.base_model
+    if options.model is None:
+        base_model = base_model or demo_model.BASE_MODEL
+        model, tokenizer = demo_model.load(dtype)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).eval()
+    model.to(device)
+    specs = {
+        f"{bits:g} bit{'s' * (bits != 1)}": CommVQConfig(bits=bits, base_model=base_model) for bits in options.bits
+    }
+    if options.codebook:
+        specs = {Path(name).name: CommVQConfig(codebook=name, base_model=base_model) for name in options.codebook}
+    for config in specs.values():  # a missing codebook is told before minutes of work
+        enable(model, config)
+    prompt = build_prompt(tokenizer, options.tokens)
+    held = torch.tensor(held_passage(tokenizer, options.held_tokens))
+    about = {
+        "model": base_model or options.model,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads",
+        "prompt_tokens": len(prompt.ids),
+        "held_tokens": len(held),
+        "chunk": CHUNK,
+        "sink_tokens": CommVQConfig().sink_tokens,
+        "residual_length": CommVQConfig().residual_length,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cores": os.cpu_count(),
+    }
+    report.introduce(about, prompt)
+    start = time.perf_counter()
+    with report.progress(1 + 2 * len(specs)) as stage:
+        rows = measure(model, tokenizer, specs, prompt, held, stage)
+    about["seconds"] = round(time.perf_counter() - start, 1)
+    report.show(about, rows)
+    report.save(about, rows, Path(options.out))
+    return 0
