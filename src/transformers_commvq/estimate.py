@@ -1,7 +1,7 @@
 """What a cache costs: exact arithmetic of plain and compressed caches, and the longest context that fits a GPU.
 
-The functions take numbers, need no weights, and agree with ``CommVQCache.nbytes`` byte for byte; a test holds them to
-it. ``describe_model`` gets a model's numbers from its config alone.
+The functions take numbers and need no weights; a test holds them to ``CommVQCache.memory_report``. ``describe_model``
+gets a model's numbers from its config alone.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from dataclasses import dataclass
 
 from .config import CommVQConfig, ConfigError
 
-# The cache's own constants (cache.FLUSH, cache.SPARE, the CPU kernel's BLOCK); a test holds them equal.
+# Constants of the cache (layer.FLUSH, layer.SPARE) and of attention's backends (attention_cpu.BLOCK, OFFSETS of the
+# compiled CPU kernels); a test holds them equal.
 FLUSH = 64
 SPARE = 32
 BLOCK = 1024
+OFFSETS = 64
 
 # Memory as the driver reports it for the whole card, MiB.
 GPUS = {
@@ -110,26 +112,33 @@ def compressed_bytes(
     sink_tokens: int = 4,
     residual_length: int = 128,
     same_positions: bool = True,
+    backend: str = "blockwise",
 ) -> CacheBytes:
-    """Bytes of a compressed cache, as ``CommVQCache.memory_report`` counts them after a decoding step on a CPU.
+    """Bytes of a compressed cache, as ``CommVQCache.memory_report`` counts them after a decoding step.
 
     token_bytes: of one token's codes over all compressed layers: ``Codebook.token_bytes``, or bits * elements / 8.
     tokens: in the cache, each row. prompt: how many of them came in one call; None: all.
     same_positions: every row of the batch has the same positions (no padding), so that one row is kept.
+    backend: of attention; they keep different tables of rotations. "reference" keeps none.
     """
     coded = coded_tokens(tokens, residual_length)
     room = capacity(tokens if prompt is None else prompt, tokens, residual_length)
     rows = 1 if same_positions else batch
-    # Fixed frequencies: a position (int32) a token, and one block's rotations (cos and sin, float32) while codes exist.
-    rotations = 2 * shape.pairs * shape.itemsize if shape.changing_rope else 4
-    table = 0 if shape.changing_rope or not coded else BLOCK * shape.pairs * 2 * 4
+    pair = 2 * shape.pairs * 4  # cos and sin of one token, float32
+    # Fixed frequencies: a position (int32) a token. Tables exist once attention has met codes.
+    positions = rows * tokens * (2 * shape.pairs * shape.itemsize if shape.changing_rope else 4)
+    if coded and backend == "blockwise" and not shape.changing_rope:
+        positions += BLOCK * pair
+    elif coded and backend == "jit":
+        positions += (OFFSETS + rows * -(-coded // OFFSETS)) * pair
     sliding = min(tokens, shape.sliding_window) * shape.sliding_elements
+    indices = 24 if coded and sink_tokens else 8  # int64: where a row's sinks start, and once there are codes, end
     return CacheBytes(
         codes=round(batch * coded * token_bytes),
         spare=round(batch * (room - coded) * token_bytes),
-        sinks=batch * (sink_tokens * shape.elements * shape.itemsize + 8 * shape.layers),
+        sinks=batch * (sink_tokens * shape.elements * shape.itemsize + indices * shape.layers),
         window=batch * (tokens - coded) * shape.elements * shape.itemsize,
-        positions=rows * tokens * rotations + table,
+        positions=positions,
         other_layers=batch * sliding * shape.itemsize + 8 * shape.sliding_layers,  # they hold their window as int64
     )
 
