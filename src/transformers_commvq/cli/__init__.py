@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.metadata
 import sys
 from collections.abc import Sequence
 
+from .. import __version__
 from ..config import CommVQError
 
 COMMANDS = ("inspect", "estimate", "push", "demo", "cards")
@@ -23,7 +23,7 @@ def build_parser(prog: str = PROGRAM) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog, description="Compress the KV cache of RoPE language models to 2 or 1 bits an element (CommVQ)."
     )
-    parser.add_argument("--version", action="version", version=importlib.metadata.version("transformers-commvq"))
+    parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     for name in COMMANDS:
         module = importlib.import_module(f".{name}", __name__)
