@@ -30,7 +30,9 @@ def test_records_keys_before_rope_and_values(name):
     seen = {}
     first = model.model.layers[0].self_attn
     if name == "phi3-partial":
-        first.qkv_proj.register_forward_hook(lambda _, __, out: seen.update(keys=out[0, :, 64:128], values=out[0, :, 128:]))
+        first.qkv_proj.register_forward_hook(
+            lambda _, __, out: seen.update(keys=out[0, :, 64:128], values=out[0, :, 128:])
+        )
     else:
         keys = first.k_norm if name == "qwen3" else first.k_proj
         keys.register_forward_hook(lambda _, __, out: seen.update(keys=out[0]))

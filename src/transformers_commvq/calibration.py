@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -98,14 +100,18 @@ class _Recorder:
         self.positions = (torch.randperm(tokens - sinks, generator=self.generator)[:count] + sinks).sort().values
 
     def attend(self, module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, **kwargs):
-        """transformers' attention signature: query (batch, heads, tokens, head_dim) -> (batch, tokens, heads, head_dim)."""
+        """transformers' signature: query (batch, heads, tokens, head_dim) -> (batch, tokens, heads, head_dim)."""
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         layer = self.layer_of.get(id(module))
         if layer is None:
             return explicit_attention(query, key, value, attention_mask, scaling, **kwargs), None
-        if layer not in self.tables:
+        tables = self.tables.pop(layer, None)
+        if layer in self.reading.bare:
+            cos, sin = torch.ones((), device=query.device), torch.zeros((), device=query.device)
+        elif tables is None:
             raise CalibrationError(f"layer {layer}: no position_embeddings reached its attention module.")
-        cos, sin = (table.to(query)[:, None] for table in self.tables.pop(layer))
+        else:
+            cos, sin = (table.to(query)[:, None] for table in tables)
         watch = None
         if key.requires_grad:
             watch = self._gradients(layer, query.detach(), cos, sin, scaling)
@@ -300,3 +306,46 @@ def calibrate(
     if empty := [i for i, x in recorder.keys.items() if not x]:
         raise CalibrationError(f"layers {empty} did not attend through AttentionInterface; they cannot be recorded.")
     return reading.geometry, recorder.samples()
+
+
+class StoredSamples(Mapping):
+    """Layer samples in a folder, one safetensors file a layer, read when asked for; so a run can be resumed.
+
+    key: names the calibration; a folder with another key's files is not mistaken for it.
+    """
+
+    def __init__(self, folder: str | Path, layers: Sequence[int], key: str):
+        self.folder, self.layers, self.key = Path(folder), tuple(layers), key
+        self._last: tuple[int, LayerSample] | None = None
+
+    @property
+    def complete(self) -> bool:
+        return all(self._path(i).exists() for i in self.layers)
+
+    def store(self, samples: dict[int, LayerSample]) -> None:
+        """Write the samples; they are taken out of the dict one by one, so that memory falls as files grow."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for i in self.layers:
+            partial = self._path(i).with_suffix(".partial")
+            save_file(samples.pop(i).tensors(), partial)
+            partial.replace(self._path(i))
+
+    def remove(self) -> None:
+        for i in self.layers:
+            self._path(i).unlink(missing_ok=True)
+
+    def __getitem__(self, layer: int) -> LayerSample:
+        if layer not in self.layers:
+            raise KeyError(layer)
+        if self._last is None or self._last[0] != layer:
+            self._last = (layer, LayerSample(**load_file(self._path(layer))))
+        return self._last[1]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def _path(self, layer: int) -> Path:
+        return self.folder / f"sample-{layer}-{self.key}.safetensors"

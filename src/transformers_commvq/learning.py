@@ -28,9 +28,9 @@ from .config import ConfigError
 from .ops.encode import choose_signs
 from .packing import CodeLayout
 
-# Mean squared error of the best scalar quantizer with 2^b levels of a unit Gaussian, b = 0..4, and half its step
-# (J. Max, "Quantizing for minimum distortion", 1960). Past four bits the error falls by 4 a bit.
-_MAX_ERROR = (1.0, 0.3634, 0.1175, 0.03454, 0.009497)
+# Mean squared error of the best uniform quantizer with 2^b levels of a unit Gaussian, b = 0..5, and half its step
+# (J. Max, "Quantizing for minimum distortion", 1960): what b rows u, 2u, 4u... along one direction can do.
+_UNIFORM_ERROR = (1.0, 0.3634, 0.1188, 0.03744, 0.01154, 0.003495)
 _HALF_STEP = (0.0, 0.798, 0.49785, 0.293, 0.1676, 0.094, 0.052)
 STEP = 8  # bits are dealt in whole bytes
 CHUNK = 4096  # tokens of one head encoded at a time
@@ -84,7 +84,7 @@ def predicted_curve(x: torch.Tensor, metric: torch.Tensor | None, cost: torch.Te
     Returns (bits + 1,) float64, decreasing.
     """
     cov = (x.T @ x).double() / len(x)
-    variance, basis, back = _principal(cov, metric)
+    variance, back = _principal(cov, metric)
     weight = ((back.T @ cost.double()) * back.T).sum(1)  # cost of one unit of error along each direction
     return _fill(variance, bits)[1] @ weight
 
@@ -213,7 +213,7 @@ def learn(
 
 
 def _principal(cov, metric):
-    """Variances and directions of x in the metric: (d,), basis (d, d) columns in metric space, and the map back to x."""
+    """Principal variances of x in the metric, (d,), and as columns their directions in the space of x, (d, d)."""
     d = cov.shape[0]
     if metric is None:
         root = back = torch.eye(d, dtype=torch.float64)
@@ -222,7 +222,7 @@ def _principal(cov, metric):
         values = values.clamp_min(values.max() * 1e-6).sqrt()
         root, back = (vectors * values) @ vectors.T, (vectors / values) @ vectors.T
     variance, basis = torch.linalg.eigh(root @ cov @ root)
-    return variance.clamp_min(1e-12), basis, back @ basis
+    return variance.clamp_min(1e-12), back @ basis
 
 
 def _fill(variance: torch.Tensor, bits: int):
@@ -233,14 +233,14 @@ def _fill(variance: torch.Tensor, bits: int):
         j = int(distortion.argmax())
         given[j] += 1
         b = given[j]
-        distortion[j] = variance[j] * (_MAX_ERROR[b] if b < 5 else _MAX_ERROR[4] / 4 ** (b - 4))
+        distortion[j] = variance[j] * (_UNIFORM_ERROR[b] if b < 6 else _UNIFORM_ERROR[5] / 3.5 ** (b - 5))
         path.append(distortion.clone())
     return given, torch.stack(path)
 
 
 def _start(cov: torch.Tensor, metric: torch.Tensor | None, bits: int) -> torch.Tensor:
     """First rows: a principal direction with b bits gets b rows, each twice as long as the one before."""
-    variance, _, back = _principal(cov, metric)
+    variance, back = _principal(cov, metric)
     given, _ = _fill(variance, bits)
     rows = [
         back[:, j] * variance[j].sqrt() * _HALF_STEP[min(b, 6)] / 2.0 ** max(b - 6, 0) * 2.0**k
@@ -294,7 +294,7 @@ def _layer_book(samples, layer, bits, plan, pool, work) -> tuple[LayerBook, dict
     path = work / f"layer-{layer}-{hashlib.sha256(settings.encode()).hexdigest()[:16]}.safetensors" if work else None
     if path and path.exists():
         with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
             errors = json.loads(file.metadata()["errors"])
     else:
         sample = samples[layer]

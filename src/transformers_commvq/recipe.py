@@ -1,0 +1,121 @@
+"""Model and text -> codebooks at several rates: calibration and learning put together, resumable."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .calibration import CalibrationPlan, StoredSamples, calibrate
+from .codebook import Codebook
+from .config import ConfigError
+from .geometry import read_model
+from .learning import LearnedRate, LearningPlan, learn
+from .text import self_generated, windows_of
+
+HELD_OUT = 0.1  # the last part of every text is kept for the evaluation
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the result, besides the model and the texts.
+
+    tokens: budget of calibration tokens, in windows of ``window`` tokens.
+    """
+
+    tokens: int = 20480
+    window: int = 1024
+    seed: int = 0
+    calibration: CalibrationPlan = field(default_factory=CalibrationPlan)
+    learning: LearningPlan = field(default_factory=LearningPlan)
+
+    def __post_init__(self):
+        if self.window < 64 or self.tokens < self.window:
+            raise ConfigError(
+                f"tokens={self.tokens}, window={self.window}: expected a window of 64 tokens or more and at least one."
+            )
+
+
+def split(text: str) -> tuple[str, str]:
+    """(to learn from, held out)."""
+    cut = int(len(text) * (1 - HELD_OUT))
+    return text[:cut], text[cut:]
+
+
+def learn_codebooks(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    rates: Sequence[float] = (2.0,),
+    texts: dict[str, str] | None = None,
+    self_written: bool = False,
+    recipe: Recipe | None = None,
+    base_model: str | None = None,
+    work: str | Path | None = None,
+    progress: bool = True,
+) -> dict[float, tuple[Codebook, LearnedRate]]:
+    """Learn codebooks.
+
+    texts: name -> text; the last tenth of each is left for evaluation.
+    self_written: let the model write text too; also when there are no texts.
+    work: folder for intermediate results, made and removed here. A run that was stopped and is started again with the
+        same arguments goes on, with the same result.
+    Returns rate -> codebook, and what was learned of every head.
+
+    Raises:
+        ConfigError: no usable text, or a rate out of reach.  UnsupportedModelError: see geometry.read_model.
+    """
+    recipe, texts, started = recipe or Recipe(), dict(texts or {}), time.monotonic()
+    geometry = read_model(model, base_model).geometry
+    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or recipe.window
+    length = min(recipe.window, longest)
+    count = max(1, recipe.tokens // length)
+    self_written = self_written or not texts
+    own = -(-count // (len(texts) + 1)) if self_written else 0
+    windows = []
+    if count > own:
+        windows = windows_of(tokenizer, [split(t)[0] for t in texts.values()], count - own, length)
+    if own:
+        windows += self_generated(model, tokenizer, own, length, recipe.seed, progress=progress)
+
+    key = _fingerprint(recipe, asdict(geometry), windows)
+    folder = None if work is None else Path(work)
+    if folder is None:
+        _, samples = calibrate(model, windows, recipe.calibration, base_model, progress)
+    else:
+        samples = StoredSamples(folder, geometry.layers, key)
+        if not samples.complete:
+            samples.store(calibrate(model, windows, recipe.calibration, base_model, progress)[1])
+    recorded = time.monotonic() - started
+    learned = learn(samples, rates, recipe.learning, None if folder is None else folder / key, progress)
+    notes = {
+        "texts": [*texts, *(["written by the model"] if self_written else [])],
+        "tokens": sum(map(len, windows)),
+        "window": length,
+        "seed": recipe.seed,
+        "samples_per_layer": recipe.calibration.samples,
+        "metric_tokens": recipe.calibration.metric_windows * min(recipe.calibration.metric_length, length),
+        "learning": asdict(recipe.learning),
+        "minutes": {"record": round(recorded / 60, 1), "all": round((time.monotonic() - started) / 60, 1)},
+        "torch": torch.__version__,
+    }
+    if folder is not None:
+        samples.remove()
+        shutil.rmtree(folder / key)
+        if not any(folder.iterdir()):
+            folder.rmdir()
+    return {rate: (Codebook(geometry, result.layers, dict(notes)), result) for rate, result in learned.items()}
+
+
+def _fingerprint(recipe: Recipe, geometry: dict, windows: Sequence[torch.Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps([asdict(recipe.calibration), geometry], sort_keys=True).encode())
+    for window in windows:
+        digest.update(window.numpy().tobytes())
+    return digest.hexdigest()[:16]

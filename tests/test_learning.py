@@ -1,0 +1,185 @@
+"""The learner: allocation, EM, determinism, and going on after a stop."""
+
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_models import tiny_model, token_windows
+
+from transformers_commvq import learning
+from transformers_commvq.calibration import CalibrationPlan, StoredSamples, calibrate
+from transformers_commvq.codebook import Codebook, SignBook
+from transformers_commvq.config import ConfigError
+from transformers_commvq.learning import LearningPlan, allocate, fit_head, learn, predicted_curve, shrunk_metric
+from transformers_commvq.ops.codec import decode, encode
+from transformers_commvq.recipe import Recipe, learn_codebooks
+
+PLAN = LearningPlan(rounds=4, warm_tokens=256)
+
+
+def gaussian(tokens=1024, dim=16, seed=0, decay=0.8):
+    """Correlated vectors with a mean, (tokens, dim)."""
+    generator = torch.Generator().manual_seed(seed)
+    turn = torch.linalg.qr(torch.randn(dim, dim, generator=generator))[0]
+    spread = decay ** torch.arange(dim)
+    return torch.randn(tokens, dim, generator=generator) * spread @ turn + torch.randn(dim, generator=generator)
+
+
+def random_metric(dim=16, seed=5):
+    a = torch.randn(dim, dim, generator=torch.Generator().manual_seed(seed))
+    return a @ a.T / dim + 0.1 * torch.eye(dim)
+
+
+def samples(layers=2, heads=2, dim=16, tokens=512):
+    return {
+        layer: SimpleNamespace(
+            keys=torch.stack([gaussian(tokens, dim, 10 * layer + h) for h in range(heads)]),
+            values=torch.stack([gaussian(tokens, dim, 100 + 10 * layer + h) for h in range(heads)]),
+            key_metric=torch.stack([random_metric(dim, layer + h) for h in range(heads)]),
+            value_metric=torch.eye(dim).repeat(heads, 1, 1),
+        )
+        for layer in range(layers)
+    }
+
+
+def relative_error(x, rows, mean, metric=None):
+    form = torch.eye(x.shape[1]) if metric is None else metric
+    y = x - mean
+    error = y - learning.encode_rows(y, rows, metric) @ rows
+    return (((error @ form) * error).sum() / ((y @ form) * y).sum()).item()
+
+
+@pytest.mark.parametrize("metric", [None, random_metric()])
+@pytest.mark.parametrize("bits", [8, 16, 40])
+def test_em_lowers_the_loss(bits, metric):
+    x = gaussian()
+    rows, mean, history = fit_head(x, metric, bits, LearningPlan(rounds=6, warm_tokens=len(x)))
+    assert rows.shape == (bits, 16) and mean.shape == (16,)
+    assert all(b <= a * 1.002 for a, b in pairwise(history))
+    assert history[-1] < history[0]
+    predicted = predicted_curve(x - x.mean(0), metric, torch.eye(16) if metric is None else metric, bits)
+    assert history[-1] < 1.05 * predicted[-1] / predicted[0]
+
+
+def test_what_was_learned_holds_for_other_vectors_and_beats_random_rows():
+    x, other = gaussian(8192).split(4096)
+    rows, mean, history = fit_head(x, None, 16, PLAN)
+    unseen = relative_error(other, rows, mean)
+    assert unseen < 1.1 * history[-1]
+    generator = torch.Generator().manual_seed(1)
+    random_rows = torch.randn(16, 16, generator=generator) * rows.norm(dim=1, keepdim=True) / 4
+    assert unseen < 0.7 * relative_error(other, random_rows, mean)
+
+
+def test_rows_come_by_decreasing_norm_in_the_metric():
+    metric = random_metric()
+    rows, _, _ = fit_head(gaussian(), metric, 24, PLAN)
+    norms = ((rows @ metric) * rows).sum(1)
+    assert (norms[:-1] >= norms[1:]).all()
+
+
+def test_a_constant_head_does_no_harm():
+    rows, mean, _ = fit_head(torch.ones(512, 16), None, 8, PLAN)
+    assert torch.isfinite(rows).all()
+    torch.testing.assert_close(mean, torch.ones(16), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("budget", [64, 72, 100, 333, 512])
+def test_allocation_meets_the_budget_and_prefers_the_costly_head(budget):
+    falling = 0.5 ** (torch.arange(129, dtype=torch.float64) / 16)
+    curves = {"cheap": falling, "usual": 4 * falling, "costly": 64 * falling, "flat": 0 * falling}
+    bits = allocate(curves, budget)
+    assert sum(bits.values()) == budget // 8 * 8
+    assert all(n >= 8 and n % 8 == 0 for n in bits.values())
+    assert bits["costly"] >= bits["usual"] >= bits["cheap"] >= bits["flat"]
+    if 72 < budget < 300:
+        assert bits["flat"] == 8 and bits["costly"] > bits["usual"]
+
+
+def test_allocation_refuses_what_cannot_be():
+    curves = {h: torch.linspace(1, 0, 33) for h in "abc"}
+    for budget in (8, 97 + 8):
+        with pytest.raises(ConfigError):
+            allocate(curves, budget)
+    assert allocate(curves, 96) == {"a": 32, "b": 32, "c": 32}
+
+
+def test_shrinking_makes_the_metric_definite():
+    metric = torch.stack([torch.diag(torch.tensor([4.0, 0, 0])), torch.eye(3)])
+    got = shrunk_metric(metric, 0.2)
+    assert torch.linalg.eigvalsh(got).min() > 0.1
+    torch.testing.assert_close(got.diagonal(dim1=1, dim2=2).mean(1), torch.ones(2))
+
+
+def test_rates_are_exact_and_more_bits_are_better():
+    recorded = samples()
+    learned = learn(recorded, [1.0, 2.0], PLAN, progress=False)
+    errors = []
+    for rate, result in learned.items():
+        total = sum(sum(b.keys.layout.bits) + sum(b.values.layout.bits) for b in result.layers.values())
+        assert total == rate * 16 * 2 * 2 * 2
+        book = result.layers[0].values
+        x = recorded[0].values[None]
+        errors.append((decode(encode(x, book), book) - x).square().mean().item())
+        assert book.vectors.dtype == torch.float16 and book.metric is None
+        assert result.layers[0].keys.metric.dtype == torch.float16
+    assert errors[1] < errors[0]
+
+
+def same(a: SignBook, b: SignBook) -> bool:
+    return a.layout == b.layout and all(torch.equal(t, b.tensors()[n]) for n, t in a.tensors().items())
+
+
+def test_a_stopped_run_goes_on_with_the_same_result(tmp_path, monkeypatch):
+    recorded = samples(layers=3)
+    whole = learn(recorded, [1.0], PLAN, progress=False, workers=1)[1.0]
+    fit, calls = fit_head, []
+
+    def stop_at_the_sixth(*args):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return fit(*args)
+
+    monkeypatch.setattr(learning, "fit_head", stop_at_the_sixth)
+    with pytest.raises(KeyboardInterrupt):
+        learn(recorded, [1.0], PLAN, tmp_path, progress=False, workers=1)
+    monkeypatch.setattr(learning, "fit_head", lambda *args: calls.append(1) or fit(*args))
+    calls.clear()
+    resumed = learn(recorded, [1.0], PLAN, tmp_path, progress=False, workers=2)[1.0]
+    assert len(calls) == 8  # the first layer's four heads were there
+    assert resumed.report == whole.report
+    for layer, book in whole.layers.items():
+        assert same(book.keys, resumed.layers[layer].keys) and same(book.values, resumed.layers[layer].values)
+
+
+def test_samples_of_another_calibration_are_not_taken(tmp_path):
+    windows = token_windows(2, 150)
+    plan = CalibrationPlan(samples=256, metric_windows=1, residual_length=16)
+    geometry, recorded = calibrate(tiny_model("llama-gqa"), windows, plan, progress=False)
+    want = {i: s.tensors() for i, s in recorded.items()}
+    stored = StoredSamples(tmp_path, geometry.layers, "a")
+    assert not stored.complete
+    stored.store(recorded)
+    assert stored.complete and not StoredSamples(tmp_path, geometry.layers, "b").complete
+    assert all(torch.equal(t, stored[i].tensors()[n]) for i in stored for n, t in want[i].items())
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "phi3-partial"])
+def test_from_model_to_artefact(tmp_path, name):
+    recipe = Recipe(
+        tokens=600, window=100,
+        calibration=CalibrationPlan(samples=256, metric_windows=1, residual_length=16),
+        learning=LearningPlan(rounds=2),
+    )  # fmt: skip
+    tokenizer = SimpleNamespace(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    learned = learn_codebooks(
+        tiny_model(name), tokenizer, [1.0], recipe=recipe, base_model="a/b", work=tmp_path / "work", progress=False
+    )
+    book, _ = learned[1.0]
+    assert book.bits == 1.0 and book.geometry.id == "a/b"
+    assert book.calibration["texts"] == ["written by the model"] and book.calibration["tokens"] == 600
+    assert not (tmp_path / "work").exists()
+    again = Codebook.load(book.save(tmp_path / "book"))
+    assert same(again.layers[0].keys, book.layers[0].keys)
