@@ -681,11 +681,11 @@ def test_commands_push_and_inspect(server, files, book, tmp_path, monkeypatch, c
 
 
 def test_nothing_unpickles():
-    """The importer of published codebooks is the one opt-in exception, and only with weights_only=True."""
+    """The importer of published codebooks is the one opt-in exception, and only with torch's restricted loader."""
     for path in PACKAGE.rglob("*.py"):
         source = path.read_text()
         assert not re.search(r"\b(pickle|cPickle|dill|joblib|marshal|shelve)\b\s*(\.|import)", source), path
         assert not re.search(r"^\s*(import|from)\s+(pickle|dill|joblib|marshal|shelve)\b", source, re.M), path
         assert "trust_remote_code=True" not in source, path
         for call in re.finditer(r"torch\.load\(([^)]*)\)", source):
-            assert path.name == "paper.py" and "weights_only=True" in call[1], path
+            assert path.name == "paper_import.py" and "weights_only=True" in call[1], path

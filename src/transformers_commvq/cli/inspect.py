@@ -19,15 +19,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from ..codebook import CONFIG_FILE, TENSOR_FILE, Codebook
+    from ..codebook import CONFIG_FILE, TENSOR_FILE
     from ..config import ConfigError
-    from ..hub import download, pull
+    from ..hub import download, load, pull
 
     folder = Path(args.codebook).expanduser()
     if folder.is_dir():
         if args.revision:
             raise ConfigError("--revision: a folder has no revisions. Fix: leave it out.")
-        book, commit = Codebook.load(folder), None
+        book, commit = load(folder), None
     else:
         book = pull(args.codebook, args.revision)
         folder = download(args.codebook, args.revision, local_files_only=True)
@@ -50,7 +50,7 @@ def _report(book, config_json: bytes, tensor_size: int) -> dict:
         "base_model": config["base_model"],
         "kind": config["codec"]["kind"],
         "bits": book.bits,
-        "bits_per_head": config["codec"]["bits_per_head"],
+        "bits_per_head": config["codec"].get("bits_per_head", {}),
         "bytes_per_token": book.token_bytes,
         "fp16_bytes_per_token": 2 * book.elements_per_token,
         "codebook_bytes": book.nbytes,
@@ -81,8 +81,9 @@ def _text(report: dict, every_head: bool) -> str:
         f"rate            {report['bits']:.4g} bits an element",
         f"bytes a token   {report['bytes_per_token']:,} (fp16: {report['fp16_bytes_per_token']:,}, {smaller:.1f}x)",
         f"codebooks       {size(report['codebook_bytes'])} in memory",
-        "bits per head   layer: keys | values",
     ]
+    if report["bits_per_head"]:
+        lines.append("bits per head   layer: keys | values")
     for layer, sides in report["bits_per_head"].items():
         shown = [_bits(sides[side], every_head) for side in ("keys", "values")]
         lines.append(f"{layer:>15}: {shown[0]} | {shown[1]}")
