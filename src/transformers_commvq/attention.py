@@ -37,9 +37,17 @@ def commvq_attention(
     attention_mask: (batch, 1, new, all tokens), True or 0 where visible, or None for plain causal attention.
     softcap: bound of the logits (Gemma 2). s_aux: (heads,) logit of a sink that holds no token (GPT-OSS).
     Returns (output (batch, new, heads, head_dim), None).
+
+    Raises:
+        CacheUseError: the module changed its keys or values after giving them to the cache, or asks for dropout.
     """
     call = current.call
-    call = call if call is not None and call.module is module and call.past >= 0 and call.fused else None
+    call = call if call is not None and call.module is module and call.handed is not None else None
+    if call and not (key is call.handed[0] and value is call.handed[1]):
+        raise CacheUseError(
+            f"{type(module).__name__} changes keys or values between its cache and its attention, so codes cannot "
+            "stand for them. Fix: report this model as unsupported; disable(model) to go on without compression."
+        )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     past = call.past if call else key.shape[2] - query.shape[2]
     plain = softcap is None and s_aux is None
@@ -53,7 +61,7 @@ def commvq_attention(
         out = _merged(call.layer if call else None, query, key, value, attention_mask, past, scaling, softcap, s_aux)
     if call:
         call.layer.append(key, value, attention_mask)
-        call.past = -1  # consumed
+        call.handed = None  # consumed
     return out, None
 
 
@@ -129,8 +137,21 @@ def before_attention(module: nn.Module, args: tuple, kwargs: dict) -> None:
         )
     cos, sin = (cache.rope.compact(t if t.dim() == 3 else t[None]) for t in tables)
     positions, mask = given.get("position_ids"), given.get("attention_mask")
+    positions = current.positions if positions is None else positions
     fused = module.config._attn_implementation == METHOD
     current.call = Call(module, layer, cos, sin, positions, mask, fused)
+
+
+@torch.compiler.disable
+def forget_call() -> None:
+    """A new forward of the model begins in this thread: nothing of an earlier one holds."""
+    current.call = current.positions = None
+
+
+@torch.compiler.disable
+def before_rotary(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Forward pre-hook of rotary modules: keeps the positions, for attention modules that are not told."""
+    current.positions = kwargs.get("position_ids", args[1] if len(args) > 1 else None)
 
 
 @cache_results
@@ -147,7 +168,7 @@ def after_attention(module: nn.Module, args: tuple, kwargs: dict, output: Any) -
         CacheUseError: the model attended in another way, so the new tokens were never stored.
     """
     call, current.call = current.call, None
-    if output is not None and call is not None and call.module is module and call.fused and call.past >= 0:
+    if output is not None and call is not None and call.handed is not None:
         raise CacheUseError(
             f"{type(module).__name__} updated a CommVQCache but did not call the {METHOD!r} attention function. "
             "Fix: enable(model) again, or report this model as unsupported."

@@ -19,6 +19,8 @@ from .rope import Rope
 # Models whose cache does not hold "RoPE over a plain key".
 _REFUSED = {
     "llama4_text": "its RoPE layers attend in chunks, and its other layers scale queries by position",
+    "jetmoe": "it repeats keys and values between its cache and its attention",
+    "diffllama": "it attends twice over halves of its values",
     "hunyuan_v1_dense": "it normalizes keys after RoPE, so codes learned before RoPE would not fit",
     "hunyuan_v1_moe": "it normalizes keys after RoPE, so codes learned before RoPE would not fit",
     "hunyuan_vl_text": "it normalizes keys after RoPE, so codes learned before RoPE would not fit",
@@ -106,9 +108,10 @@ def read_rope(attention: nn.Module, head_dim: int, width: int) -> RopeReading:
     unit = torch.eye(dim)[None, None]  # token t is unit vector t
     zero, one = torch.zeros(1, dim, width), torch.ones(1, dim, width)
     label = torch.arange(1.0, width + 1).expand(1, dim, width)
+    alone = list(inspect.signature(apply).parameters)[1] == "cos"  # takes queries and keys one at a time
     try:
-        turned = apply(unit, unit, zero, one)[1][0, 0]
-        scaled = apply(unit, unit, label, zero)[1][0, 0].diagonal()
+        turned = (apply(unit, zero, one) if alone else apply(unit, unit, zero, one)[1])[0, 0]
+        scaled = (apply(unit, label, zero) if alone else apply(unit, unit, label, zero)[1])[0, 0].diagonal()
     except (TypeError, RuntimeError, ValueError, AttributeError, IndexError) as error:
         raise UnsupportedModelError(
             f"{name}: apply_rotary_pos_emb does not take plain (q, k, cos, sin): {error}."
@@ -141,7 +144,22 @@ def compressed_layers(config: Any) -> tuple[int, ...]:
 
 
 def head_dimension(config: Any) -> int:
+    """Elements of a key; config: a decoder's, or one layer's where layers differ."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def key_shape(config: Any, layers: tuple[int, ...]) -> tuple[int, int]:
+    """(key heads, head_dim) of the compressed layers; in other layers they may differ.
+
+    Raises UnsupportedModelError when they differ among the compressed layers.
+    """
+    own = [config.per_layer_config[i] for i in layers]
+    shapes = {(getattr(c, "num_key_value_heads", None) or c.num_attention_heads, head_dimension(c)) for c in own}
+    if len(shapes) > 1:
+        raise UnsupportedModelError(
+            f"{config.model_type}: the shape of keys (heads, head_dim) differs between layers: {sorted(shapes)}."
+        )
+    return shapes.pop()
 
 
 @dataclass(frozen=True)
@@ -197,7 +215,7 @@ def read_model(model: PreTrainedModel, base_model: str | None = None) -> ModelRe
     rotary = rotary_modules(model, config)
     if not rotary:
         raise UnsupportedModelError(f"{name} has no rotary embedding module, so its keys have no RoPE.")
-    dim = head_dimension(config)
+    heads, dim = key_shape(config, layers)
     bare = _bare_layers(config, modules, layers)
     rotated = [i for i in layers if i not in bare]
     if rotated:
@@ -213,7 +231,7 @@ def read_model(model: PreTrainedModel, base_model: str | None = None) -> ModelRe
         model_type=config.model_type,
         num_hidden_layers=config.num_hidden_layers,
         layers=layers,
-        num_key_value_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        num_key_value_heads=heads,
         head_dim=dim,
         rope=rope,
     )

@@ -98,6 +98,8 @@ def enable(model: PreTrainedModel, kv_cache: Any = METHOD) -> PreTrainedModel:
             module.register_forward_pre_hook(attention.before_attention, with_kwargs=True),
             module.register_forward_hook(attention.after_attention, with_kwargs=True, always_call=True),
         ]
+    for module in reading.rotary:
+        state.handles.append(module.register_forward_pre_hook(attention.before_rotary, with_kwargs=True))
     state.handles.append(model.register_forward_pre_hook(_supply_cache, with_kwargs=True))
     model.__dict__[_STATE] = state
     model.__dict__["_prepare_cache_for_generation"] = _CachePreparer(model)
@@ -233,6 +235,7 @@ def _supply_cache(model: PreTrainedModel, args: tuple, kwargs: dict):
 
     Raises ConfigError when attention weights are asked for.
     """
+    attention.forget_call()
     names = attention.parameter_names(type(model))
     given = dict(zip(names, args, strict=False)) | kwargs
     config = model.config.get_text_config(decoder=True)

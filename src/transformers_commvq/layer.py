@@ -36,6 +36,7 @@ class Call:
     mask: the attention mask the module was given, in whatever form its attention function takes.
     fused: True if the registered attention function will read the codes; else ``update`` must return everything.
     past: tokens before this call; -1 until the layer was updated.
+    handed: the new keys and values that ``update`` returned to a module whose attention function reads the codes.
     """
 
     module: nn.Module
@@ -46,10 +47,14 @@ class Call:
     mask: Any
     fused: bool
     past: int = -1
+    handed: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 class _Current(threading.local):
+    """positions: what the rotary module was given, for attention modules that are not told."""
+
     call: Call | None = None
+    positions: torch.Tensor | None = None
 
 
 current = _Current()  # per thread: two threads may run one model with their own caches
@@ -154,7 +159,7 @@ class CommVQLayer(BaseQuantizedLayer):
         self.positions.extend(self.cumulative_length, call.positions, call.cos, call.sin)
         call.past = self.cumulative_length
         if call.fused:
-            self._pending = True
+            self._pending, call.handed = True, (key_states, value_states)
             return key_states, value_states
         everything = key_states, value_states
         if call.past:

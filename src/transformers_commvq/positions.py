@@ -59,7 +59,7 @@ class PositionTrack:
     def nbytes(self) -> int:
         held = [*self._held.values(), *(t for parts in self._waiting.values() for t in parts)]
         if self._grouped is not None:
-            offsets, first, whole = self._grouped[1]
+            offsets, first, _, whole = self._grouped[1]
             held += [*offsets, *first, whole]
         return sum(t.nbytes for t in held) + sum(t.nbytes for pair in self._relative.values() for t in pair)
 
@@ -79,8 +79,10 @@ class PositionTrack:
                 f"this layer holds {past} tokens and is given {new}, but the cache has seen {self._length}: an earlier "
                 "forward was interrupted, or skipped layers. Fix: start from a new cache, or reset() this one."
             )
-        # One token cannot start a new rotation: types that change while decoding are not fixed from the start.
-        if self.fixed and (new > 1 or not past) and not self._agree(positions, cos, sin):
+        # Comparing waits for the device, so a single further token is trusted: types of RoPE that change while
+        # decoding are not fixed from the start.
+        plain = positions is not None and positions.dim() == 2 and positions.shape[1] == new
+        if self.fixed and not (plain and ((past and new == 1) or self._agree(positions, cos, sin))):
             self._stop_being_fixed(cos.dtype)
         if self.fixed:
             # Rows are compared when they are joined; one row needs no comparison.
@@ -113,8 +115,6 @@ class PositionTrack:
         self._waiting = {}
 
     def _agree(self, positions, cos, sin) -> bool:
-        if positions is None or positions.dim() != 2 or positions.shape[1] != cos.shape[1]:
-            return False
         want_cos, want_sin = angles(positions.to(cos.device), self._frequencies(cos.device), self.scaling)
         if want_cos.shape[-1] != cos.shape[-1]:
             return False
@@ -161,8 +161,8 @@ class PositionTrack:
         """The rotations of tokens 0..length in groups of ``size``, on the CPU; kept until the length changes.
 
         Returns float32 (cos, sin) of offsets (size, pairs); (cos, sin) of each group's first token (rows, groups,
-        pairs), NaN for a group whose positions are not consecutive; cos and sin of single tokens (rows, length, 2,
-        pairs), empty if no group needs them.
+        pairs); a numpy bool (groups,), True where positions are not consecutive; cos and sin of single tokens (rows,
+        length, 2, pairs), empty if all are.
         """
         if self._grouped is not None and self._grouped[0] == (length, size):
             return self._grouped[1]
@@ -174,11 +174,10 @@ class PositionTrack:
             first = angles(self.positions[:, :length:size], self.inv_freq, self.scaling)
         else:
             first = tuple(t[:, :length:size].float() for t in (self.cos, self.sin))
-        first[0][:, torch.tensor(broken)] = torch.nan
         whole = torch.empty(1, 0, 2, self.inv_freq.shape[0])
         if any(broken):
             whole = torch.stack(self.tables(0, length, device), 2)
-        self._grouped = (length, size), (offsets, first, whole)
+        self._grouped = (length, size), (offsets, first, torch.tensor(broken).numpy(), whole)
         return self._grouped[1]
 
     def _broken(self, first: int, stop: int) -> bool:
