@@ -126,4 +126,4 @@ def test_forced_backend_ends_with_its_block():
     past = coded_past()
     with backend("reference"):
         assert choose_backend(torch.zeros(1), past) == "reference"
-    assert choose_backend(torch.zeros(1), past) == "blockwise"
+    assert choose_backend(torch.zeros(1), past) == ("jit" if "jit" in BACKENDS else "blockwise")

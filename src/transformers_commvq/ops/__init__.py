@@ -3,6 +3,7 @@
 Backends of attention over codes, all held to ``reference`` by one grid of tests:
     reference   decode everything; the definition
     blockwise   plain torch, one block of decoded keys at a time; any device
+    jit         compiled loops over the codes themselves; CPU, needs numba (the ``cpu`` extra)
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from contextvars import ContextVar
 import torch
 
 from ..config import ConfigError
+from . import jit
 from .attention_cpu import attention_blockwise
 from .attention_exact import attention_exact
 from .attention_reference import attention_reference, decoded_keys_values
@@ -22,12 +24,16 @@ from .merge import OnlineSoftmax, merge
 from .past import CodedPast
 
 BACKENDS: dict[str, Callable] = {"reference": attention_reference, "blockwise": attention_blockwise}
+if jit.available():
+    BACKENDS["jit"] = jit.attention_jit
 _forced: ContextVar[str | None] = ContextVar("transformers_commvq_backend", default=None)
 
 
 def choose_backend(query: torch.Tensor, past: CodedPast) -> str:
     """The backend ``attention`` will use for these inputs."""
-    return _forced.get() or "blockwise"
+    if forced := _forced.get():
+        return forced
+    return "jit" if query.device.type == "cpu" and jit.available() else "blockwise"
 
 
 @contextmanager
