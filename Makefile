@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 JOBS ?= 2
+OUT ?= out/codebooks
 
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -33,9 +34,9 @@ format: $(VENV)/.ruff ## mend style and format
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-codebooks: $(VENV)/.demo ## learn the demo model's codebooks anew: make codebooks TEXT="a.txt b.txt"
+codebooks: $(VENV)/.demo ## learn the demo model's codebooks: make codebooks TEXT="a.txt b.txt" OUT=folder
 	@test -n "$(TEXT)" || { echo 'Name the text to learn from: make codebooks TEXT="a.txt b.txt"' >&2; exit 2; }
-	$(RUN) -m transformers_commvq learn demo --bits 2 1 --text $(TEXT)
+	$(RUN) -m transformers_commvq learn demo --bits 2 1 --text $(TEXT) --out $(OUT) $(ARGS)
 
 cards: $(VENV)/.demo ## rebuild registry.json and the cards of the shipped codebooks (for maintainers)
 	$(RUN) -m transformers_commvq cards $(ARGS)
