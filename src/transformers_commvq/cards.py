@@ -122,6 +122,7 @@ def render(book: Codebook, config_json: bytes, tensor_size: int, repo_id: str, l
         "repo": repo_id,
         "tag": artefact_tag(config_json),
         "bits": rate,
+        "unit": "bit" if rate == "1" else "bits",
         "layers": len(book.layers),
         "token_bytes": f"{book.token_bytes:,}",
         "plain_token_bytes": f"{2 * elements:,}",
@@ -230,7 +231,7 @@ def _described(values: dict[str, Any], shown: dict[int, set[str]] | None = None,
         elif key == "command":
             yield f"- {label}: `{value}`"
         else:
-            yield f"- {label}: {value}"
+            yield f"- {label.replace('_', ' ')}: {', '.join(map(str, value)) if isinstance(value, list) else value}"
 
 
 def _is_number(value: Any) -> bool:
