@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def _run(kernel: Any, tasks: int, *args: Any, least: int = 1) -> None:
     threads = max(1, min(torch.get_num_threads(), tasks // least))
     cuts = [tasks * i // threads for i in range(threads + 1)]
     pool = _pool(threads - 1) if threads > 1 else None
-    others = [pool.submit(kernel, a, b, *args) for a, b in zip(cuts[1:-1], cuts[2:], strict=True)]
+    others = [pool.submit(kernel, a, b, *args) for a, b in pairwise(cuts[1:])]
     kernel(0, cuts[1], *args)  # this thread takes its share too
     for other in others:
         other.result()
@@ -114,8 +115,9 @@ def _scores(query: torch.Tensor, past: CodedPast) -> torch.Tensor:
     storage, row = _storage(past.keys)
     out = torch.empty(*query.shape[:3], past.length)
     tasks = batch * book.heads * -(-past.length // (kernels.OFFSETS * kernels.GROUPS))
+    turned = query[..., order].contiguous().numpy()
     _run(
-        kernels.key_scores, tasks, storage, row, book.token_bytes, past.length, tables, first, bits, query[..., order].contiguous().numpy(),
+        kernels.key_scores, tasks, storage, row, book.token_bytes, past.length, tables, first, bits, turned,
         cos.numpy(), sin.numpy(), cos0, sin0, broken, whole, out.numpy(),
     )  # fmt: skip
     return out
@@ -126,7 +128,7 @@ def _value_sums(weights: torch.Tensor, past: CodedPast) -> torch.Tensor:
     kernels, book = _kernels(), past.book.values
     threads = torch.get_num_threads()
     batch, heads, rows, tokens = weights.shape
-    # Enough tasks for every thread, but none so short that emptying and folding its sums would cost more than they hold.
+    # Enough tasks for every thread, but none so short that clearing and folding its sums is most of its work.
     splits = max(1, min(-(-2 * threads // (batch * heads)), tokens // 1024))
     out = torch.zeros(batch, heads, splits, rows, book.layout.max_bits)
     storage, row = _storage(past.values)

@@ -59,7 +59,7 @@ def key_scores(
     whole: float32 (batch, tokens, 2, pairs), cos and sin of single tokens; may be empty if no group is broken.
     out: float32 (batch, heads, rows, tokens), written.
     """
-    batch, heads, count, dim = query.shape
+    _, heads, count, dim = query.shape
     pairs = cos.shape[1]
     groups = (tokens + OFFSETS - 1) // OFFSETS
     tasks = (groups + GROUPS - 1) // GROUPS
@@ -122,14 +122,14 @@ def key_scores(
 def value_sums(begin_task, end_task, codes, row_stride, width, tokens, first, bits, weights, splits, out):
     """Sums of signs under weights: out[b, h, :, r, j] sums to sum_t weights[b, h, r, t] * sign_j(t).
 
-    There are batch * heads * splits tasks. A byte of a code has 256 values: the weights of tokens with equal bytes are added first, one addition a byte, and
-    only the 256 sums meet their 8 signs, by folding the table in half once a bit.
+    There are batch * heads * splits tasks. A byte of a code has 256 values: the weights of tokens with equal bytes are
+    added first, one addition a byte, and only the 256 sums meet their 8 signs, by folding the table in half once a bit.
 
     codes, row_stride, width, tokens, first, bits: as in ``key_scores``.
     weights: float32 (batch, heads, rows, tokens). splits: tasks a head, each over its own tokens.
     out: float32 (batch, heads, splits, rows, max_bits), a head's own bits are written.
     """
-    batch, heads, count, _ = weights.shape
+    _, heads, count, _ = weights.shape
     chunk = (tokens + splits - 1) // splits
     for task in range(begin_task, end_task):
         b, h, split = task // (heads * splits), task // splits % heads, task % splits
