@@ -25,6 +25,7 @@ LAYERS = {
     "layer": 4,
     "paper": 4,
     "cards": 5,
+    "recipe": 5,
     "cache": 5,
     "hub": 6,
     "attention": 6,

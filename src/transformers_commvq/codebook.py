@@ -199,7 +199,8 @@ class Codebook:
             for side in ("keys", "values")
             for name, tensor in getattr(book, side).tensors().items()
         }
-        data = save_tensors(flat, metadata={"format": "pt", "library": LIBRARY})
+        # One entry only: safetensors writes several in random order, and equal tensors must have equal hashes.
+        data = save_tensors(flat, metadata={"format": "pt"})
         self.sha256 = hashlib.sha256(data).hexdigest()
         config = {
             "format_version": FORMAT_VERSION,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from torch import nn
 
 from .calibration import CalibrationPlan, StoredSamples, calibrate
 from .codebook import Codebook
@@ -51,7 +51,7 @@ def split(text: str) -> tuple[str, str]:
 
 
 def learn_codebooks(
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: Any,
     rates: Sequence[float] = (2.0,),
     texts: dict[str, str] | None = None,
@@ -61,7 +61,7 @@ def learn_codebooks(
     work: str | Path | None = None,
     progress: bool = True,
 ) -> dict[float, tuple[Codebook, LearnedRate]]:
-    """Learn codebooks.
+    """Learn the codebooks of a transformers model.
 
     texts: name -> text; the last tenth of each is left for evaluation.
     self_written: let the model write text too; also when there are no texts.

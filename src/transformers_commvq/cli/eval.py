@@ -34,8 +34,8 @@ def run(args: argparse.Namespace) -> int:
     from .. import enable, make_cache
     from ..config import CommVQConfig, ConfigError
     from ..evaluation import passkey_retrieval, streaming_quality
-    from ..models import load
     from ..text import read_file, windows_of
+    from .models import load
 
     if not args.text and not args.passkey:
         raise ConfigError("nothing to measure. Fix: give --text FILE, or --passkey LENGTH, or both.")

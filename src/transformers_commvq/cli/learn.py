@@ -34,9 +34,9 @@ def run(args: argparse.Namespace) -> int:
     from ..calibration import CalibrationPlan
     from ..config import ConfigError
     from ..learning import LearningPlan
-    from ..models import load
     from ..recipe import Recipe, learn_codebooks, split
     from ..text import read_dataset, read_file
+    from .models import load
 
     model, tokenizer, base_model = load(args.model, args.dtype, args.device, args.base_model)
     texts = {Path(path).name: read_file(path, args.field) for path in args.text}
@@ -73,11 +73,12 @@ def _measure(model, tokenizer, folder, rate, base_model, texts, count) -> dict:
     from ..text import windows_of
 
     out = {}
+    length = min(2048, getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2048)
     enable(model, {"codebook": str(folder), "bits": rate, "base_model": base_model})
     try:
         for name, text in texts.items():
             try:
-                windows = windows_of(tokenizer, [text], count, 2048)
+                windows = windows_of(tokenizer, [text], count, length)
             except ConfigError:
                 continue  # too short to hold out a window
             out[name] = streaming_quality(model, make_cache, windows).to_dict()

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-
-from . import demo_model
-from .config import ConfigError
-
 
 def load(
     name: str, dtype: str = "auto", device: str = "cpu", base_model: str | None = None
-) -> tuple[PreTrainedModel, Any, str | None]:
-    """(model, tokenizer, base model id).
+) -> tuple[Any, Any, str | None]:
+    """(model in eval mode, tokenizer, base model id).
 
     name: Hub id, folder, or ``"demo"``: the model of demo_model.py, in float32 unless another dtype is asked for.
 
     Raises ConfigError for an unknown dtype or a model that cannot be loaded.
     """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from .. import demo_model
+    from ..config import ConfigError
+
     if name == "demo":
         name, base_model = str(demo_model.prepare()), base_model or demo_model.BASE_MODEL
         dtype = "float32" if dtype == "auto" else dtype
