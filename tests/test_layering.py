@@ -30,6 +30,7 @@ LAYERS = {
     "hub": 6,
     "attention": 6,
     "publish": 7,
+    "paper_import": 7,
     "integration": 7,
     "loading": 8,
     "": 9,  # the package itself: the public names

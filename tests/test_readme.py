@@ -5,11 +5,12 @@ import runpy
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from transformers_commvq import cli, demo_model
+from transformers_commvq import CommVQConfig, cli, demo_model
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -55,13 +56,9 @@ def test_make_targets_exist():
 
 
 def test_settings_are_the_configs():
-    from dataclasses import fields
-
-    from transformers_commvq import CommVQConfig
-
     table = README.split("| setting |")[1].split("\n\n")[0]
     named = set(re.findall(r"`(\w+)`", table))
-    assert named == {f.name for f in fields(CommVQConfig)} - {"method", "learn"}
+    assert named == {f.name for f in fields(CommVQConfig)} - {"method", "quant_method", "learn"}
     for name, value in re.findall(r"^\| `(\w+)` \| (\d+) \|", table, flags=re.MULTILINE):
         assert getattr(CommVQConfig(), name) == int(value)
 
