@@ -67,7 +67,10 @@ def show(about: dict[str, Any], rows: list[Measured]) -> None:
     for row in rows:
         table.add_row(*cells(row, rows[0]))
     console.print(table)
-    console.print("\n".join(notes(about, rows)), markup=False)
+    grid = Table.grid(padding=(0, 2))
+    for term, explanation in notes(about, rows):
+        grid.add_row(f"[bold]{term}[/bold]", explanation)
+    console.print(grid)
 
 
 def cells(row: Measured, plain: Measured) -> list[str]:
@@ -84,18 +87,24 @@ def cells(row: Measured, plain: Measured) -> list[str]:
     ]
 
 
-def notes(about: dict[str, Any], rows: list[Measured]) -> list[str]:
-    """What the numbers are and are not."""
+def notes(about: dict[str, Any], rows: list[Measured]) -> list[tuple[str, str]]:
+    """What the numbers are and are not: (column, explanation)."""
     books = ", ".join(f"{row.name}: {mib(row.codebook_bytes)}" for row in rows[1:])
     return [
-        f"size: every tensor the cache holds after the answer ({rows[0].tokens:,} tokens), in {about['dtype']} where "
-        f"not coded: the first {about['sink_tokens']} and the newest {about['residual_length']} tokens or more.",
-        f"of fp16: against 16 bits for every key and value element of those tokens. The codebooks ({books}) belong to "
-        "the model like weights, one copy for all caches, and are not in the size.",
-        f"perplexity, KL: on {about['held_tokens']:,} other tokens of documentation, passed through the cache "
-        f"{about['chunk']} at a time; one passage, so small changes mean little.",
-        f"speeds: one run on this machine ({about['device']}), prompt read in one go, decoding at that length.",
-        f"All of it was measured in this run, in {about['seconds']:.0f} s.",
+        (
+            "size",
+            f"every tensor the cache holds after the answer, {rows[0].tokens:,} tokens; the first "
+            f"{about['sink_tokens']} and the newest {about['residual_length']} or more of them stay in {about['dtype']}. The codebooks belong "
+            f"to the model like weights, one copy for all caches ({books}), and are not counted.",
+        ),
+        ("of fp16", "against 16 bits for every key and value element of those tokens."),
+        (
+            "perplexity, KL",
+            f"on {about['held_tokens']:,} other tokens of documentation, passed through the cache {about['chunk']} "
+            "at a time; KL in nats a token, 0 is the plain cache. One passage: small changes mean little.",
+        ),
+        ("speeds", f"one run on this machine ({about['device']}); the prompt in one go, decoding at its length."),
+        ("all", f"measured in this run, in {about['seconds']:.0f} s."),
     ]
 
 
