@@ -87,6 +87,25 @@ def test_metrics_are_symmetric_and_positive(metric_windows):
             assert metric.diagonal(dim1=1, dim2=2).sum() > 0
 
 
+def test_a_model_without_gradients_gets_the_query_estimate():
+    model, windows = tiny_model("llama-gqa"), token_windows(2, 128)
+    want = calibrate(model, windows, CalibrationPlan(samples=256, metric_windows=0), progress=False)[1]
+    model.model.layers[0].mlp.register_forward_hook(lambda _, __, out: OneWay.apply(out))
+    before = state_of(model)
+    with pytest.warns(UserWarning, match="no gradients"):
+        got = calibrate(model, windows, CalibrationPlan(samples=256), progress=False)[1]
+    assert state_of(model) == before
+    assert all(torch.equal(got[i].key_metric, want[i].key_metric) for i in want)
+
+
+class OneWay(torch.autograd.Function):
+    """The identity, with no backward."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+
 def test_the_metric_is_blind_to_tokens_that_stay_exact():
     """With a window longer than the text no key is ever seen as a code, so no error can cost anything."""
     plan = CalibrationPlan(samples=256, metric_windows=1, metric_length=64, residual_length=64)

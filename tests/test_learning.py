@@ -173,9 +173,8 @@ def test_from_model_to_artefact(tmp_path, name):
         calibration=CalibrationPlan(samples=256, metric_windows=1, residual_length=16),
         learning=LearningPlan(rounds=2),
     )  # fmt: skip
-    tokenizer = SimpleNamespace(bos_token_id=1, eos_token_id=2, pad_token_id=0)
     learned = learn_codebooks(
-        tiny_model(name), tokenizer, [1.0], recipe=recipe, base_model="a/b", work=tmp_path / "work", progress=False
+        tiny_model(name), None, [1.0], recipe=recipe, base_model="a/b", work=tmp_path / "work", progress=False
     )
     book, _ = learned[1.0]
     assert book.bits == 1.0 and book.geometry.id == "a/b"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,8 +89,10 @@ class _Recorder:
         self.tables: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.keys: dict[int, list[torch.Tensor]] = {i: [] for i in reading.attention}
         self.values: dict[int, list[torch.Tensor]] = {i: [] for i in reading.attention}
-        self.metrics: dict[tuple[int, str], torch.Tensor] = {}
-        self.weight = 0  # tokens that entered the metrics
+        self.metrics: dict[tuple[int, str], torch.Tensor] = {}  # sums of g g^T
+        self.weight = 0  # tokens that entered them
+        self.moments: dict[tuple[int, str], torch.Tensor] = {}  # what stands in for them without gradients
+        self.recorded = 0  # tokens that entered the moments
         self.generator = torch.Generator().manual_seed(plan.seed)
         self.positions = torch.empty(0, dtype=torch.long)
 
@@ -97,6 +100,7 @@ class _Recorder:
         """A new window: draw which of its tokens are kept, the same ones in every layer."""
         sinks = self.plan.sink_tokens
         count = min(self.keep, tokens - sinks)
+        self.recorded += tokens
         self.positions = (torch.randperm(tokens - sinks, generator=self.generator)[:count] + sinks).sort().values
 
     def attend(self, module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, **kwargs):
@@ -117,8 +121,7 @@ class _Recorder:
             watch = self._gradients(layer, query.detach(), cos, sin, scaling)
         else:
             self._record(layer, key, value, cos, sin)
-            if not self.plan.metric_windows:
-                self._query_moments(layer, query, value, scaling)
+            self._query_moments(layer, query, value, scaling)
         return explicit_attention(query, key, value, attention_mask, scaling, watch=watch, **kwargs), None
 
     def _record(self, layer, key, value, cos, sin):
@@ -127,9 +130,9 @@ class _Recorder:
         for store, x in ((self.keys, key), (self.values, value)):
             store[layer].append(x[:, :, kept].transpose(0, 1).flatten(1, 2).float().cpu())
 
-    def _add(self, layer: int, side: str, block: torch.Tensor) -> None:
-        block = block.double().cpu()
-        self.metrics[layer, side] = self.metrics.get((layer, side), 0) + block
+    @staticmethod
+    def _add(sums: dict, layer: int, side: str, block: torch.Tensor) -> None:
+        sums[layer, side] = sums.get((layer, side), 0) + block.double().cpu()
 
     def _gradients(self, layer, query, cos, sin, scaling):
         heads, rope = self.reading.geometry.num_key_value_heads, self.reading.rope.rope
@@ -141,7 +144,7 @@ class _Recorder:
 
         def add(side, g):
             g = g[:, :, self.plan.sink_tokens :].transpose(0, 1).flatten(1, 2).float()
-            self._add(layer, side, g.transpose(1, 2) @ g)
+            self._add(self.metrics, layer, side, g.transpose(1, 2) @ g)
 
         def on_scores(grad):
             add("keys", rope.pull_back(far_sum(grad, query) * scaling, cos, sin))
@@ -158,14 +161,15 @@ class _Recorder:
         pair = (re.square() + im.square()) / 2
         moment = rope.join(pair, pair, rest.square()).unflatten(1, (heads, -1)).sum((0, 2, 3))
         spread = value.float().var((0, 2)).sum(-1)  # (kv heads,)
-        self._add(layer, "keys", torch.diag_embed(moment * scaling**2 * spread[:, None]))
+        self._add(self.moments, layer, "keys", torch.diag_embed(moment * scaling**2 * spread[:, None]))
         tokens = query.shape[0] * query.shape[2] * (query.shape[1] // heads)
-        self._add(layer, "values", torch.eye(value.shape[-1]).expand(heads, -1, -1) * tokens)
+        self._add(self.moments, layer, "values", torch.eye(value.shape[-1]).expand(heads, -1, -1) * tokens)
 
     def samples(self) -> dict[int, LayerSample]:
         out = {}
         for i in self.reading.attention:
-            metrics = [(self.metrics[i, side] / self.weight).float() for side in ("keys", "values")]
+            sums, count = (self.metrics, self.weight) if (i, "keys") in self.metrics else (self.moments, self.recorded)
+            metrics = [(sums[i, side] / count).float() for side in ("keys", "values")]
             out[i] = LayerSample(torch.cat(self.keys.pop(i), 1), torch.cat(self.values.pop(i), 1), *metrics)
         return out
 
@@ -261,6 +265,14 @@ def _gradients_at_activations(model: PreTrainedModel) -> Iterator[None]:
             p.requires_grad_(True)
 
 
+def _backward(model: PreTrainedModel, ids: torch.Tensor, labels: torch.Generator) -> None:
+    """One backward pass of the loss whose labels the model draws itself. ids: (1, tokens)."""
+    with _gradients_at_activations(model):
+        logits = model(input_ids=ids, use_cache=False).logits[0].float()
+        drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=labels)[:, 0]
+        nn.functional.cross_entropy(logits, drawn.to(logits.device), reduction="sum").backward()
+
+
 def calibrate(
     model: PreTrainedModel,
     windows: Sequence[torch.Tensor],
@@ -294,15 +306,17 @@ def calibrate(
         for window in tqdm(windows, desc="record", unit="window", disable=not progress):
             recorder.begin(len(window))
             model(input_ids=window.to(model.device)[None], use_cache=False, logits_to_keep=1)
-            if not plan.metric_windows:
-                recorder.weight += len(window)
-        for number in tqdm(spread, desc="metric", unit="window", disable=not progress):
-            ids = windows[number][: plan.metric_length].to(model.device)[None]
-            with _gradients_at_activations(model):
-                logits = model(input_ids=ids, use_cache=False).logits[0].float()
-                drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=labels)[:, 0]
-                nn.functional.cross_entropy(logits, drawn.to(logits.device), reduction="sum").backward()
-            recorder.weight += ids.shape[1]
+        try:
+            for number in tqdm(spread, desc="metric", unit="window", disable=not progress):
+                ids = windows[number][: plan.metric_length].to(model.device)[None]
+                _backward(model, ids, labels)
+                recorder.weight += ids.shape[1]
+        except (RuntimeError, NotImplementedError) as error:
+            recorder.metrics.clear()
+            warnings.warn(
+                f"no gradients ({str(error).splitlines()[0]}): what errors cost is estimated from queries instead.",
+                stacklevel=2,
+            )
     if empty := [i for i, x in recorder.keys.items() if not x]:
         raise CalibrationError(f"layers {empty} did not attend through AttentionInterface; they cannot be recorded.")
     return reading.geometry, recorder.samples()

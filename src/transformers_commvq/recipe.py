@@ -16,7 +16,7 @@ from torch import nn
 
 from .calibration import CalibrationPlan, StoredSamples, calibrate
 from .codebook import Codebook
-from .config import ConfigError
+from .config import CommVQConfig, ConfigError
 from .geometry import read_model
 from .learning import LearnedRate, LearningPlan, learn
 from .text import self_generated, windows_of
@@ -63,6 +63,7 @@ def learn_codebooks(
 ) -> dict[float, tuple[Codebook, LearnedRate]]:
     """Learn the codebooks of a transformers model.
 
+    tokenizer: may be None when the model writes all text itself.
     texts: name -> text; the last tenth of each is left for evaluation.
     self_written: let the model write text too; also when there are no texts.
     work: folder for intermediate results, made and removed here. A run that was stopped and is started again with the
@@ -112,6 +113,15 @@ def learn_codebooks(
         if not any(folder.iterdir()):
             folder.rmdir()
     return {rate: (Codebook(geometry, result.layers, dict(notes)), result) for rate, result in learned.items()}
+
+
+def learn_missing(model: nn.Module, config: CommVQConfig, progress: bool = True) -> Codebook:
+    """The codebook that ``CommVQConfig(learn=True)`` asks for, from text the model writes itself.
+
+    It lives in memory only; ``transformers-commvq learn`` makes one that stays, from better text.
+    """
+    learned = learn_codebooks(model, None, [config.bits], base_model=config.base_model, progress=progress)
+    return learned[config.bits][0]
 
 
 def _fingerprint(recipe: Recipe, geometry: dict, windows: Sequence[torch.Tensor]) -> str:

@@ -91,11 +91,12 @@ def self_generated(
 ) -> list[torch.Tensor]:
     """``count`` windows of text that the model writes itself, sampled from nothing but its first token.
 
+    tokenizer: only asked for its first token; None asks the model's own configuration.
     The global random state is left as it was.
     """
-    begin = next(
-        (t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) if t is not None), 0
-    )
+    sources = [tokenizer, getattr(model, "generation_config", None), model.config]
+    named = [getattr(x, f"{kind}_token_id", None) for x in sources for kind in ("bos", "eos", "pad")]
+    begin = next((t[0] if isinstance(t, list) else t for t in named if t is not None), 0)
     out = []
     with torch.random.fork_rng(), tqdm(total=count, desc="self-generate", unit="window", disable=not progress) as bar:
         torch.manual_seed(seed)
