@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 import pickle
 import weakref
 
@@ -209,7 +210,7 @@ def test_prefill_holds_one_layer_at_a_time(monkeypatch):
     for layer in model.model.layers:
         layer.register_forward_hook(lambda *a: held.append(cache.nbytes))
     feed(model, cache, random_ids(1, 2000))
-    steps = [b - a for a, b in zip(held, held[1:], strict=False)]
+    steps = [b - a for a, b in itertools.pairwise(held)]
     full = 2000 * 2 * 2 * 16 * 4
     assert len(steps) == 3 and max(steps) < 0.15 * full
 
@@ -314,7 +315,7 @@ def test_empty_settings(monkeypatch):
 
 class TestMistakes:
     def test_a_model_that_is_not_enabled(self, model):
-        with pytest.raises(CacheUseError, match="not enabled.*enable"):
+        with pytest.raises(CacheUseError, match=r"not enabled.*enable"):
             feed(tiny_llama(), make_cache(model), random_ids(1, 5))
 
     def test_the_attention_function_was_never_called(self, model, monkeypatch):

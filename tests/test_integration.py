@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,7 +86,7 @@ class TestFromPretrained:
     def test_wrong_settings_are_told_before_loading(self, tmp_path):
         for spec, text in (({"bit": 2}, "unknown fields"), ({"bits": 99}, "bits=99"), (3.5, "expected 'commvq'")):
             with pytest.raises(ConfigError, match=text):
-                AutoModelForCausalLM.from_pretrained(str(tmp_path / "nothing here"), kv_cache=spec)
+                LlamaForCausalLM.from_pretrained(str(tmp_path / "nothing here"), kv_cache=spec)
 
     def test_no_codebook(self, tmp_path):
         tiny_llama().save_pretrained(tmp_path)
@@ -122,7 +123,9 @@ class TestQuantizationConfig:
             assert torch.equal(weight, plain.state_dict()[name])
         model.half().float()
         model.save_pretrained(tmp_path / "copy")
-        assert json.loads((tmp_path / "copy/config.json").read_text())["quantization_config"]["quant_method"] == "commvq"
+        assert (
+            json.loads((tmp_path / "copy/config.json").read_text())["quantization_config"]["quant_method"] == "commvq"
+        )
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "copy")
         cache = cache_of(again)
         assert isinstance(cache, CommVQCache) and cache.layers[0].residual_length == 16
@@ -136,22 +139,17 @@ class TestQuantizationConfig:
         assert type(cache_of(model)) is DynamicCache
 
     @pytest.mark.parametrize("loader", [AutoModelForCausalLM, LlamaForCausalLM])
-    def test_a_taken_slot_is_an_error_that_names_kv_cache(self, checkpoint, monkeypatch, loader):
+    def test_a_taken_slot_is_an_error_that_names_kv_cache(self, checkpoint, loader):
         """A checkpoint with quantized weights: transformers would ignore our config with a warning."""
-        path = checkpoint + "/config.json"
-        config = json.loads(open(path).read())
+        path = Path(checkpoint, "config.json")
+        config = json.loads(path.read_text())
         config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-        open(path, "w").write(json.dumps(config))
-        original = transformers_commvq.loading.PreTrainedModel.from_pretrained.__func__._commvq_original
-        assert callable(original)
-        with pytest.raises((ConfigError, ImportError)) as error:
+        path.write_text(json.dumps(config))
+        with pytest.raises(ConfigError, match=r"bitsandbytes.*kv_cache="):
             loader.from_pretrained(checkpoint, quantization_config=CommVQConfig())
-        if loader is AutoModelForCausalLM:  # known before anything is loaded
-            assert isinstance(error.value, ConfigError) and "kv_cache=" in str(error.value)
-            assert "bitsandbytes" in str(error.value)
 
     def test_gguf_has_no_slot(self, tmp_path):
-        with pytest.raises(ConfigError, match="gguf.*kv_cache="):
+        with pytest.raises(ConfigError, match=r"gguf.*kv_cache="):
             LlamaForCausalLM.from_pretrained(tmp_path, gguf_file="x.gguf", quantization_config=CommVQConfig())
 
 
@@ -188,7 +186,7 @@ class TestEnable:
         with pytest.raises(UnsupportedModelError, match="Linear"):
             enable(torch.nn.Linear(2, 2))
 
-    @pytest.mark.parametrize("way", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+    @pytest.mark.parametrize("way", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
     def test_copies_are_enabled_and_independent(self, checkpoint, way):
         model = AutoModelForCausalLM.from_pretrained(checkpoint, kv_cache={"residual_length": 16})
         want = greedy(model)
@@ -275,7 +273,7 @@ class TestPlainForward:
 
     def test_attention_weights_are_refused(self, checkpoint):
         model = AutoModelForCausalLM.from_pretrained(checkpoint, kv_cache="commvq")
-        with pytest.raises(ConfigError, match="output_attentions.*eager"):
+        with pytest.raises(ConfigError, match=r"output_attentions.*eager"):
             model(**prompt(), output_attentions=True)
         with pytest.raises(ConfigError, match="output_attentions"):
             greedy(model, output_attentions=True, return_dict_in_generate=True)
@@ -332,7 +330,7 @@ class TestUnsupported:
 
     def test_generate_batch_is_refused(self, checkpoint):
         model = AutoModelForCausalLM.from_pretrained(checkpoint, kv_cache="commvq")
-        with pytest.raises(CacheUseError, match="generate_batch.*disable"):
+        with pytest.raises(CacheUseError, match=r"generate_batch.*disable"):
             model.generate_batch([[5, 6, 7]], generation_config=GenerationConfig(max_new_tokens=2))
 
 
@@ -363,15 +361,15 @@ ROPES = {
 def test_every_rope_type(kind):
     """Dynamic and longrope change their frequencies in the middle of this sequence."""
     limit = 200 if kind in ("dynamic", "longrope") else 2048
-    model, inputs = tiny_llama(rope_parameters=ROPES[kind], max_position_embeddings=limit), prompt(2, 150, 40)
-    want = greedy(model, inputs, 150)
+    model, inputs = tiny_llama(rope_parameters=ROPES[kind], max_position_embeddings=limit), prompt(2, 170, 40)
+    want = greedy(model, inputs, 60)
     enable_lossless(model, residual_length=32)
     for name in ("commvq", "sdpa"):
         model.set_attn_implementation(name)
-        got = greedy(model, inputs, 150, return_dict_in_generate=True)
+        got = greedy(model, inputs, 60, return_dict_in_generate=True)
         assert torch.equal(got.sequences, want)
         assert got.past_key_values.positions.fixed == (kind not in ("dynamic", "longrope"))
-        assert got.past_key_values.layers[0].coded >= 256
+        assert got.past_key_values.layers[0].coded == 192
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -441,7 +439,7 @@ class TestImport:
             transformers_commvq.unregister()
             first = next(v for k, v in before.items() if k[1:] == ("PreTrainedModel", "from_pretrained"))
             assert vars(PreTrainedModel)["from_pretrained"].__func__ is first.__func__
-            assert sizes() == mappings, [b - a for a, b in zip(mappings, sizes())]
+            assert sizes()[2:] == mappings[2:]  # the attention function stays, for models still enabled
             transformers_commvq.unregister()
             transformers_commvq.register()
             assert hasattr(vars(PreTrainedModel)["from_pretrained"].__func__, "_commvq_original")

@@ -51,6 +51,8 @@ def commvq_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     past = call.past if call else key.shape[2] - query.shape[2]
     plain = softcap is None and s_aux is None
+    if call and isinstance(attention_mask, torch.Tensor):
+        attention_mask = attention_mask[..., : past + key.shape[2]]  # a static mask has columns of tokens to come
     if plain and (call is None or past == 0):
         out, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -71,7 +73,7 @@ def _merged(layer: CommVQLayer | None, query, key, value, mask, past, scaling, s
     if mask is None and new > 1:
         token = torch.arange(past + new, device=query.device)
         mask = (token <= token[-new:, None])[None, None]
-    mask = None if mask is None else _bias(mask[..., : past + new])
+    mask = None if mask is None else _bias(mask)
     if layer is None:
         out, lse = attention_exact(query, key, value, mask, scaling, softcap)
     else:

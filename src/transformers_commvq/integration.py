@@ -230,6 +230,7 @@ def _refuse_paged_cache(*args, **kwargs):
     )
 
 
+@torch.compiler.disable
 def _supply_cache(model: PreTrainedModel, args: tuple, kwargs: dict):
     """Forward pre-hook of the model: a plain call that wants a cache and brings none gets ours.
 

@@ -10,7 +10,7 @@ import threading
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -36,7 +36,7 @@ def _wrap_from_pretrained() -> None:
         if kv_cache not in (None, False):
             kv_cache = CommVQConfig.from_spec(kv_cache)  # wrong settings are told before weights are loaded
         if ours := isinstance(kwargs.get("quantization_config"), CommVQConfig):
-            _check_slot_is_free(kwargs)
+            _check_slot_is_free(args, kwargs)
         result = original(cls, *args, **kwargs)
         model = result[0] if isinstance(result, tuple) else result
         if ours and not is_enabled(model):
@@ -59,11 +59,24 @@ _SLOT_TAKEN = (
 )
 
 
-def _check_slot_is_free(kwargs: dict) -> None:
+_WHERE = ("revision", "subfolder", "token", "cache_dir", "local_files_only")
+
+
+def _check_slot_is_free(args: tuple, kwargs: dict) -> None:
     """Raises ConfigError when ``quantization_config=CommVQConfig`` would be ignored, if known before loading."""
     if kwargs.get("gguf_file"):
         raise ConfigError(_SLOT_TAKEN.format(method="gguf"))
-    taken = _method(getattr(kwargs.get("config"), "quantization_config", None))
+    config = kwargs.get("config")
+    if not isinstance(config, PreTrainedConfig):
+        path = config or kwargs.get("pretrained_model_name_or_path") or (args[0] if args else None)
+        wanted = {
+            k: kwargs[k] for k in ("revision", "subfolder", "token", "cache_dir", "local_files_only") if k in kwargs
+        }
+        try:
+            config = PreTrainedConfig.from_dict(PreTrainedConfig.get_config_dict(path, **wanted)[0])
+        except (OSError, ValueError, TypeError):
+            return  # loading itself will say what is wrong
+    taken = _method(getattr(config, "quantization_config", None))
     if taken not in (None, METHOD):
         raise ConfigError(_SLOT_TAKEN.format(method=taken))
 
