@@ -116,12 +116,19 @@ def test_agrees_with_the_real_cache(tmp_path, bits, dtype, prompt, generated, ba
     assert_agree(got, real)
 
 
+def test_default_backend_is_the_one_that_runs(tmp_path):
+    model, book = enabled_model(LlamaConfig(**SMALL), tmp_path)
+    size = estimate.describe_config(model.config, dtype="float32")
+    got = estimate.compressed_bytes(size.shape, book.token_bytes, 702, prompt=700)
+    assert_agree(got, real_bytes(model, 700, 2, backend="jit" if "jit" in ops.BACKENDS else "blockwise"))
+
+
 def test_from_the_rate_alone(tmp_path):
     """What ``estimate`` prints knows the rate, not the codebook."""
     model, book = enabled_model(LlamaConfig(**SMALL), tmp_path, 2.0)
     size = estimate.describe_config(model.config, dtype="float32")
     assert book.bits == 2
-    got = estimate.compressed_bytes(size.shape, 2 * size.shape.elements / 8, 1501, prompt=1500)
+    got = estimate.compressed_bytes(size.shape, 2 * size.shape.elements / 8, 1501, prompt=1500, backend="blockwise")
     assert got.total == pytest.approx(real_bytes(model, 1500, 1)["total"], rel=0.005)
 
 
@@ -140,6 +147,7 @@ def test_settings_and_left_padding(tmp_path):
         sink_tokens=7,
         residual_length=64,
         same_positions=False,
+        backend="blockwise",
     )
     # Positions do not follow each other in a block with padding, and 302 tokens are one block: no rotations are kept.
     table = estimate.BLOCK * size.shape.pairs * 2 * 4
@@ -153,7 +161,7 @@ def test_sliding_layers_keep_their_window(tmp_path):
     model, book = enabled_model(config, tmp_path)
     real = real_bytes(model, 400, 2)
     size = estimate.describe_config(model.config, dtype="float32")
-    got = estimate.compressed_bytes(size.shape, book.token_bytes, 402, prompt=400)
+    got = estimate.compressed_bytes(size.shape, book.token_bytes, 402, prompt=400, backend="blockwise")
     assert size.layers == 2
     assert_agree(got, real)
 

@@ -7,10 +7,11 @@ gets a model's numbers from its config alone.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from .config import CommVQConfig, ConfigError
+from .ops import BACKENDS
 
 # Constants of the cache (layer.FLUSH, layer.SPARE) and of attention's backends (attention_cpu.BLOCK, OFFSETS of the
 # compiled CPU kernels); a test holds them equal.
@@ -112,15 +113,17 @@ def compressed_bytes(
     sink_tokens: int = 4,
     residual_length: int = 128,
     same_positions: bool = True,
-    backend: str = "blockwise",
+    backend: str | None = None,
 ) -> CacheBytes:
     """Bytes of a compressed cache, as ``CommVQCache.memory_report`` counts them after a decoding step.
 
     token_bytes: of one token's codes over all compressed layers: ``Codebook.token_bytes``, or bits * elements / 8.
     tokens: in the cache, each row. prompt: how many of them came in one call; None: all.
     same_positions: every row of the batch has the same positions (no padding), so that one row is kept.
-    backend: of attention; they keep different tables of rotations. "reference" keeps none.
+    backend: of attention; they keep different tables of rotations (half a MiB for heads of 128 at 64K tokens).
+        None: the one this machine's CPU would use.
     """
+    backend = backend or ("jit" if "jit" in BACKENDS else "blockwise")
     coded = coded_tokens(tokens, residual_length)
     room = capacity(tokens if prompt is None else prompt, tokens, residual_length)
     rows = 1 if same_positions else batch
@@ -145,23 +148,21 @@ def compressed_bytes(
 
 def largest_bytes(
     shape: CacheShape, token_bytes: float, tokens: int, batch: int = 1, config: CommVQConfig | None = None
-):
-    """The most a cache of that length can take, however it grew: spare room at its limit. Returns int bytes."""
+) -> int:
+    """The most a cache of that length can take: spare room at its limit, the backend with the largest tables."""
     config = config or CommVQConfig()
-    parts = compressed_bytes(
-        shape,
-        token_bytes,
-        tokens,
-        batch=batch,
-        sink_tokens=config.sink_tokens,
-        residual_length=config.residual_length,
-        same_positions=False,
+    settings = {"sink_tokens": config.sink_tokens, "residual_length": config.residual_length}
+    total = max(
+        compressed_bytes(
+            shape, token_bytes, tokens, batch=batch, same_positions=False, backend=backend, **settings
+        ).total
+        for backend in ("blockwise", "jit")
     )
     coded = coded_tokens(tokens, config.residual_length)
-    return parts.total + round(batch * max(FLUSH, coded // SPARE) * token_bytes if coded else 0)
+    return total + round(batch * max(FLUSH, coded // SPARE) * token_bytes if coded else 0)
 
 
-def longest_context(bytes_at, budget: int) -> int:
+def longest_context(bytes_at: Callable[[int], int], budget: int) -> int:
     """The most tokens whose cache, ``bytes_at(tokens)``, fits a budget in bytes; 0 if none does. At most LONGEST."""
     low, high = 0, LONGEST
     while low < high:
