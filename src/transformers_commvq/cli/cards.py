@@ -50,7 +50,7 @@ def build_registry(license: str | None = None) -> dict:
     new = {
         model: kept for model, rates in old.items() if (kept := {b: e for b, e in rates.items() if "packaged" not in e})
     }
-    for folder in sorted(path for path in hub.PACKAGED.iterdir() if path.is_dir()):
+    for folder in sorted(path for path in hub.PACKAGED.glob("*") if path.is_dir()):
         book = Codebook.load(folder)
         model, rate = book.geometry.id, f"{round(book.bits, 1):g}"
         chosen = licenses.get(folder.name, license)
