@@ -94,8 +94,9 @@ def notes(about: dict[str, Any], rows: list[Measured]) -> list[tuple[str, str]]:
         (
             "size",
             f"every tensor the cache holds after the answer, {rows[0].tokens:,} tokens; the first "
-            f"{about['sink_tokens']} and the newest {about['residual_length']} or more of them stay in {about['dtype']}. The codebooks belong "
-            f"to the model like weights, one copy for all caches ({books}), and are not counted.",
+            f"{about['sink_tokens']} and the newest {about['residual_length']} or more of them stay in "
+            f"{about['dtype']}. The codebooks belong to the model like weights, one copy for all caches ({books}), and "
+            "are not counted.",
         ),
         ("of fp16", "against 16 bits for every key and value element of those tokens."),
         (
