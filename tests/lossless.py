@@ -25,6 +25,9 @@ class LosslessBook:
     def to(self, device):
         return self
 
+    def select_heads(self, start, stop):
+        return LosslessBook(stop - start, self.head_dim)
+
 
 def _encode(x, book):
     return x.float().transpose(1, 2).contiguous().view(torch.uint8).flatten(2)

@@ -89,6 +89,13 @@ class SignBook:
         metric = None if self.metric is None else self.metric.to(device)
         return SignBook(self.layout, self.vectors.to(device), self.mean.to(device), metric)
 
+    def select_heads(self, start: int, stop: int) -> SignBook:
+        """The codes of heads start..stop alone, as a process that holds a part of the heads needs them."""
+        bits = self.layout.bits
+        rows = slice(sum(bits[:start]), sum(bits[:stop]))
+        metric = None if self.metric is None else self.metric[start:stop]
+        return SignBook(CodeLayout(bits[start:stop]), self.vectors[rows], self.mean[start:stop], metric)
+
     def tensors(self) -> dict[str, torch.Tensor]:
         out = {"vectors": self.vectors, "mean": self.mean, "metric": self.metric}
         return {k: v.contiguous() for k, v in out.items() if v is not None}
@@ -114,6 +121,9 @@ class LayerBook:
 
     def to(self, device: torch.device | str) -> LayerBook:
         return LayerBook(self.keys.to(device), self.values.to(device))
+
+    def select_heads(self, start: int, stop: int) -> LayerBook:
+        return LayerBook(self.keys.select_heads(start, stop), self.values.select_heads(start, stop))
 
 
 @dataclass(frozen=True)

@@ -26,18 +26,24 @@ class Enabled:
 
     codebooks: by the config they were resolved for; more than one after generate(kv_cache={...}).
     previous: the attention implementation to go back to.
+    heads: the key heads this process holds under tensor parallelism; None: all.
     """
 
     config: CommVQConfig
     reading: ModelReading
     codebooks: dict[str, Codebook]
     previous: str
+    heads: tuple[int, int] | None = None
     handles: list[Any] = field(default_factory=list)
 
     def codebook(self, config: CommVQConfig) -> Codebook:
         """The codebooks for a config, each layer's where that layer computes now."""
         key = str((config.bits, config.codebook, config.revision, config.base_model))
-        book = self.codebooks.get(key) or hub.resolve(config, self.reading.geometry)
+        book = self.codebooks.get(key)
+        if book is None:
+            book = hub.resolve(config, self.reading.geometry)
+            if self.heads:
+                book = replace(book, layers={i: layer.select_heads(*self.heads) for i, layer in book.layers.items()})
         self.codebooks[key] = _placed(book, self.reading)
         return self.codebooks[key]
 
@@ -65,6 +71,22 @@ def _device(module: nn.Module) -> torch.device:
     return torch.device("cpu") if parameter is None or parameter.device.type == "meta" else parameter.device
 
 
+def _local_heads(model: PreTrainedModel, heads: int) -> tuple[int, int] | None:
+    """First and last key head (exclusive) of this process under tensor parallelism, None without it.
+
+    Raises UnsupportedModelError when the heads cannot be dealt out evenly.
+    """
+    size = getattr(model, "_tp_size", None) or 1
+    if size == 1:
+        return None
+    if heads % size:
+        raise UnsupportedModelError(
+            f"{heads} key heads over {size} processes: expected a multiple. Fix: another tp_size, or kv_cache=None."
+        )
+    rank, share = model._device_mesh["tp"].get_local_rank(), heads // size
+    return rank * share, (rank + 1) * share
+
+
 def enable(model: PreTrainedModel, kv_cache: Any = METHOD) -> PreTrainedModel:
     """Make a model use a compressed KV cache wherever it would make its own.
 
@@ -87,7 +109,7 @@ def enable(model: PreTrainedModel, kv_cache: Any = METHOD) -> PreTrainedModel:
     previous = model.config.get_text_config(decoder=True)._attn_implementation
     if state := model.__dict__.get(_STATE):
         previous = state.previous
-    state = Enabled(config, reading, {}, previous)
+    state = Enabled(config, reading, {}, previous, _local_heads(model, reading.geometry.num_key_value_heads))
     state.codebook(config)  # everything that can fail has happened before the model is changed
     disable(model)
     attention.register()
