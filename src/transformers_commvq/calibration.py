@@ -303,9 +303,7 @@ def calibrate(
         recorder.tables[layer] = (cos, sin)
 
     with attention_replaced(model, reading, recorder.attend, tables), torch.no_grad():
-        for window in tqdm(windows, desc="record", unit="window", disable=not progress):
-            recorder.begin(len(window))
-            model(input_ids=window.to(model.device)[None], use_cache=False, logits_to_keep=1)
+        # before the recording: activations of a backward pass and the samples are never held together
         try:
             for number in tqdm(spread, desc="metric", unit="window", disable=not progress):
                 ids = windows[number][: plan.metric_length].to(model.device)[None]
@@ -317,6 +315,9 @@ def calibrate(
                 f"no gradients ({str(error).splitlines()[0]}): what errors cost is estimated from queries instead.",
                 stacklevel=2,
             )
+        for window in tqdm(windows, desc="record", unit="window", disable=not progress):
+            recorder.begin(len(window))
+            model(input_ids=window.to(model.device)[None], use_cache=False, logits_to_keep=1)
     if empty := [i for i, x in recorder.keys.items() if not x]:
         raise CalibrationError(f"layers {empty} did not attend through AttentionInterface; they cannot be recorded.")
     return reading.geometry, recorder.samples()
