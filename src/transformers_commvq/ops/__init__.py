@@ -4,6 +4,7 @@ Backends of attention over codes, all held to ``reference`` by one grid of tests
     reference   decode everything; the definition
     blockwise   plain torch, one block of decoded keys at a time; any device
     jit         compiled loops over the codes themselves; CPU, needs numba (the ``cpu`` extra)
+    triton      kernels over the codes themselves; GPU, needs triton
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from contextvars import ContextVar
 import torch
 
 from ..config import ConfigError
-from . import jit
+from . import gpu, jit
 from .attention_cpu import attention_blockwise
 from .attention_exact import attention_exact
 from .attention_reference import attention_reference, decoded_keys_values
@@ -26,6 +27,8 @@ from .past import CodedPast
 BACKENDS: dict[str, Callable] = {"reference": attention_reference, "blockwise": attention_blockwise}
 if jit.available():
     BACKENDS["jit"] = jit.attention_jit
+if gpu.available():
+    BACKENDS["triton"] = gpu.attention_gpu
 _forced: ContextVar[str | None] = ContextVar("transformers_commvq_backend", default=None)
 
 
@@ -33,6 +36,11 @@ def choose_backend(query: torch.Tensor, past: CodedPast) -> str:
     """The backend ``attention`` will use for these inputs."""
     if forced := _forced.get():
         return forced
+    if query.device.type == "cuda":
+        if (reason := gpu.obstacle(query, past)) is None:
+            return "triton"
+        gpu.warn_once(reason)
+        return "blockwise"
     return "jit" if query.device.type == "cpu" and jit.available() else "blockwise"
 
 
