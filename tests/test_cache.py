@@ -4,15 +4,21 @@ import copy
 import gc
 import itertools
 import pickle
+import traceback
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 from generation import greedy, prompt, random_codebook, tiny_llama
 from lossless import enable_lossless
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from transformers_commvq import CacheUseError, CommVQCache, CommVQLayer, enable, hub, make_cache
-from transformers_commvq.layer import FLUSH, SPARE, storage_bytes
+from transformers_commvq.layer import FLUSH, SPARE, _first_visible, storage_bytes
+from transformers_commvq.ops import backend
+
+aten = torch.ops.aten
 
 SINKS, WINDOW = 4, 32
 
@@ -273,6 +279,35 @@ def test_crop_before_the_sinks_finds_new_ones(model):
     assert cache.layers[0].sink_start.tolist() == [0, 30]
 
 
+@pytest.mark.parametrize("change", ["reorder", "select", "repeat", "crop"])
+def test_attention_after_a_change_of_rows(model, change):
+    """Rows at different positions: whatever a backend keeps between steps must follow its rows."""
+    cache = make_cache(model)
+    inputs = prompt(2, 150, 50)
+    feed(model, cache, *inputs.values())
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)
+    feed(model, cache, random_ids(2, 1), mask)
+    if change == "reorder":
+        cache.reorder_cache(torch.tensor([1, 0]))
+        mask = mask[[1, 0]]
+    elif change == "select":
+        cache.batch_select_indices(torch.tensor([1]))
+        mask = mask[1:]
+    elif change == "repeat":
+        cache.batch_repeat_interleave(2)
+        mask = mask.repeat_interleave(2, 0)
+    else:
+        cache.crop(-100)
+        mask = mask[:, :51]
+    rows = len(mask)
+    mask = torch.cat([mask, torch.ones(rows, 1, dtype=torch.long)], 1)
+    twin = copy.deepcopy(cache)
+    got = feed(model, cache, random_ids(rows, 1), mask)
+    with backend("reference"):
+        want = feed(model, twin, random_ids(rows, 1), mask)
+    torch.testing.assert_close(got, want, atol=2e-2, rtol=1e-3)
+
+
 def test_offload_and_prefetch_keep_the_tokens(model):
     cache = make_cache(model)
     feed(model, cache, random_ids(1, 200))
@@ -311,6 +346,50 @@ def test_empty_settings(monkeypatch):
     feed(model, cache, random_ids(1, 130))
     assert cache.layers[0].coded == 128 and cache.memory_report()["sinks"] == 2 * 8  # one index a row and layer
     assert torch.isfinite(feed(model, cache, random_ids(1, 3))).all()
+
+
+def test_decoding_one_token_waits_for_nothing(model):
+    """Nothing that cache or attention function do at a step reads a value back, which on a GPU would stall the host.
+
+    What the backends in ops do is theirs to say.
+    """
+    inputs = prompt(2, 150, 40)
+    cache = make_cache(model)
+    feed(model, cache, *inputs.values())
+    asked = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket in (aten._local_scalar_dense, aten.nonzero, aten.is_nonzero, aten.equal):
+                frames = [f.filename for f in traceback.extract_stack() if "transformers" in f.filename]
+                asked.append(frames[-1])
+            return function(*args, **(kwargs or {}))
+
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)
+    with Watch():
+        feed(model, cache, random_ids(2, 1), mask)
+    assert asked  # transformers itself looks at the padding mask, so the watch works
+    assert not [f for f in asked if Path(f).parent.name == "transformers_commvq"]
+
+
+MASKS = {
+    "none": (None, [0, 0]),
+    "rows of 0 and 1": (torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]), [2, 0]),
+    "a row of padding": (torch.tensor([[0, 0, 0, 0], [0, 1, 1, 1]]), [-1, 1]),
+    "bool": (torch.tensor([[False, True, True, True], [True] * 4])[:, None, None], [1, 0]),
+    "additive": (torch.tensor([[torch.finfo().min, 0.0, 0, 0], [-torch.inf, -torch.inf, 0, 0]])[:, None, None], [1, 2]),
+    "additive of half precision": (torch.tensor([[-65504.0, 0, 0, 0], [0, 0, 0, 0]]).half()[:, None, None], [1, 0]),
+    "one row for all": (torch.tensor([[0, 1, 1, 1]]).bool()[:, None, None], [1, 1]),
+    "columns to come": (torch.tensor([[0, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1]]), [1, -1]),
+    "several queries": (torch.ones(2, 1, 3, 4).tril(1).bool(), [0, 0]),
+    "a block mask": (object(), [0, 0]),
+}
+
+
+@pytest.mark.parametrize("form", MASKS)
+def test_the_first_real_token_is_read_from_any_mask(form):
+    mask, want = MASKS[form]
+    assert _first_visible(mask, 2, 4, torch.device("cpu")).tolist() == want
 
 
 class TestMistakes:

@@ -125,10 +125,15 @@ class Machine:
 
     def check_sinks(self, layer, i):
         keys, values, _, held = layer.sinks()
+        hidden = layer.coded_past().hidden
+        assert (hidden is None) == (layer.sink_tokens == 0)
         for row in range(self.plain.rows):
             real = self.plain.real[row].nonzero()
             start = int(real[0]) if len(real) else -1
             assert not layer.sink_tokens or layer.sink_start[row] == start
+            if layer.sink_tokens:  # codes that sinks stand in for are hidden from attention, and no others
+                a, b = hidden[row].tolist()
+                assert b - a == (layer.sink_tokens if start >= 0 else 0) and (start < 0 or a == start)
             for slot in range(layer.sink_tokens):
                 assert bool(held[row, slot]) == (start >= 0 and start + slot < layer.coded)
                 if held[row, slot]:  # not merely close: a sink is the model's own tensor

@@ -3,12 +3,14 @@
 import warnings
 
 import pytest
+import torch
 import transformers
 from generation import SHAPE, from_config
 from lossless import enable_lossless
 from model_zoo import MULTIMODAL, REFUSED, SUPPORTED, build, build_multimodal, config_of, outcome
 
-from transformers_commvq import UnsupportedModelError, enable
+from transformers_commvq import UnsupportedModelError, disable, enable
+from transformers_commvq.geometry import read_model
 
 REASONS = {
     "Mistral 7B v0.1": "no full-attention layer.*sliding_attention",
@@ -44,7 +46,10 @@ def test_same_tokens_with_a_picture(name):
     model, inputs = build_multimodal(name)
     same, difference, chosen, cache = outcome(model, inputs)
     assert same and difference < 2e-3 and chosen > 3 and cache.layers[0].coded == 128
-    assert model.config.vision_config._attn_implementation == "sdpa"  # the tower is left alone
+    text = model.config.get_text_config()
+    assert (text._attn_implementation, model.config.vision_config._attn_implementation) == ("commvq", "sdpa")
+    disable(model)
+    assert text._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -74,3 +79,13 @@ def test_little_compressed_is_told():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         enable_lossless(build("Llama 3"))
+
+
+def test_reading_does_not_depend_on_the_default_dtype():
+    model = from_config(transformers.LlamaConfig(**{**SHAPE, "head_dim": 512}))
+    want = read_model(model).rope
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert read_model(model).rope == want and want.rope.rotary_dim == 512
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -105,9 +105,10 @@ def read_rope(attention: nn.Module, head_dim: int, width: int) -> RopeReading:
     if apply is None:
         raise UnsupportedModelError(f"{name}: its modeling file has no apply_rotary_pos_emb, so RoPE cannot be read.")
     dim = getattr(attention, "rotary_ndims", head_dim)
-    unit = torch.eye(dim)[None, None]  # token t is unit vector t
-    zero, one = torch.zeros(1, dim, width), torch.ones(1, dim, width)
-    label = torch.arange(1.0, width + 1).expand(1, dim, width)
+    exact = {"dtype": torch.float32}  # whatever the default dtype is
+    unit = torch.eye(dim, **exact)[None, None]  # token t is unit vector t
+    zero, one = torch.zeros(1, dim, width, **exact), torch.ones(1, dim, width, **exact)
+    label = torch.arange(1, width + 1, **exact).expand(1, dim, width)
     alone = list(inspect.signature(apply).parameters)[1] == "cos"  # takes queries and keys one at a time
     try:
         turned = (apply(unit, zero, one) if alone else apply(unit, unit, zero, one)[1])[0, 0]
@@ -119,8 +120,8 @@ def read_rope(attention: nn.Module, head_dim: int, width: int) -> RopeReading:
     rotary_dim = int((turned.diagonal() == 0).sum())
     for layout in ("half", "interleaved"):
         rope = Rope(layout, max(rotary_dim, 2))
-        expected = torch.eye(dim)
-        expected = rope.rotate(expected, torch.zeros(rope.pairs), torch.ones(rope.pairs))
+        quarter = torch.zeros(rope.pairs, **exact), torch.ones(rope.pairs, **exact)  # cos, sin
+        expected = rope.rotate(torch.eye(dim, **exact), *quarter)
         if rotary_dim and torch.equal(expected, turned):
             first = scaled[:2].long() - 1 if layout == "half" else scaled[:4:2].long() - 1
             step = int(first[1] - first[0]) if rope.pairs > 1 else 1

@@ -123,7 +123,7 @@ class PositionTrack:
 
     def _stop_being_fixed(self, dtype: torch.dtype) -> None:
         self._join()
-        self.fixed = False
+        self.fixed, self._grouped = False, None
         if (positions := self._held.pop("positions", None)) is not None:
             cos, sin = angles(positions, self._frequencies(positions.device), self.scaling)
             self._held = {"cos": cos.to(dtype), "sin": sin.to(dtype)}
@@ -169,11 +169,11 @@ class PositionTrack:
         device = torch.device("cpu")
         offsets = angles(torch.arange(size), self.inv_freq)
         starts = range(0, length, size)
-        broken = [not self.fixed or self._broken(a + 1, min(a + size, length)) for a in starts]
         if self.fixed:
-            first = angles(self.positions[:, :length:size], self.inv_freq, self.scaling)
+            first = angles(self._get("positions", 0, length, device)[:, ::size], self.inv_freq, self.scaling)
         else:
-            first = tuple(t[:, :length:size].float() for t in (self.cos, self.sin))
+            first = tuple(self._get(name, 0, length, device)[:, ::size].float() for name in ("cos", "sin"))
+        broken = [not self.fixed or self._broken(a + 1, min(a + size, length)) for a in starts]
         whole = torch.empty(1, 0, 2, self.inv_freq.shape[0])
         if any(broken):
             whole = torch.stack(self.tables(0, length, device), 2)
@@ -190,7 +190,6 @@ class PositionTrack:
 
     def crop(self, length: int) -> None:
         """Keep the first ``length`` tokens."""
-        self._grouped = None
         self._map(lambda t: t[:, :length].clone())
         self._length = min(self._length, length)
         self._breaks = [b for b in self._breaks if b < length]
@@ -207,6 +206,7 @@ class PositionTrack:
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self._join()
+        self._grouped = None
         self._held = {name: change(held) for name, held in self._held.items()}
 
 
