@@ -1,12 +1,14 @@
 """The codebooks in the package: found by the model's id, fit it, and cost what the README says, in real bytes."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from transformers_commvq import Codebook, make_cache
+from transformers_commvq import Codebook, disable, enable, make_cache
+from transformers_commvq.evaluation import streaming_quality
 from transformers_commvq.hub import PACKAGED, resolve
-from transformers_commvq.integration import enable
 from transformers_commvq.rope import angles
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -55,7 +57,7 @@ def test_bytes_of_a_real_cache(model, bits):
     for owner in (*cache.layers, cache.positions):  # every tensor, found without the report's help
         for value in vars(owner).values():
             for t in value.values() if isinstance(value, dict) else [value]:
-                if isinstance(t, torch.Tensor) and t.is_floating_point() or getattr(t, "dtype", None) in (
+                if (isinstance(t, torch.Tensor) and t.is_floating_point()) or getattr(t, "dtype", None) in (
                     torch.uint8, torch.int32, torch.int64,
                 ):  # fmt: skip
                     held[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
@@ -93,3 +95,18 @@ def test_resolve_needs_no_network(model, monkeypatch):
 
     monkeypatch.setattr(socket, "socket", refuse)
     assert resolve(CommVQConfig(bits=2, base_model=BASE), read_model(model).geometry).bits <= 2
+
+
+@pytest.mark.parametrize("bits, change, kl", [(2, 0.03, 0.03), (1, 0.12, 0.12)])
+def test_quality_on_text_not_learned_from(smollm2, bits, change, kl):
+    """One window of prose, streamed as the README's numbers are: a broken codec or codebook is off by far more."""
+    model, tokenizer = smollm2
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    window = torch.tensor(tokenizer(text).input_ids[:1024])
+    enable(model, {"bits": bits, "base_model": BASE})
+    try:
+        quality = streaming_quality(model, make_cache, [window], progress=False)
+    finally:
+        disable(model)
+    assert quality.change <= change
+    assert 0 < quality.mean_kl <= kl
