@@ -117,7 +117,7 @@ KERNELS = [
     attend("decode, head_dim 128, values to 128 bits", 4, 8, 64, 64, 64, 128, 1, essential=True),
     attend("decode, head_dim 128, values to 512 bits", 4, 8, 64, 64, 64, 128, 4, spills=40),
     attend("decode, head_dim 64", 3, 8, 32, 64, 64, 128, 1),
-    attend("decode, head_dim 256", 2, 8, 128, 32, 32, 128, 2),
+    attend("decode, head_dim 256", 2, 8, 128, 32, 32, 128, 2, spills=40),
     attend(
         "decode, mask, softcap, indexed positions",
         3,
