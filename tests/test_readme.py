@@ -58,7 +58,7 @@ def test_make_targets_exist():
 def test_settings_are_the_configs():
     table = README.split("| setting |")[1].split("\n\n")[0]
     named = set(re.findall(r"`(\w+)`", table))
-    assert named == {f.name for f in fields(CommVQConfig)} - {"method", "quant_method", "learn"}
+    assert named == {f.name for f in fields(CommVQConfig)} - {"method", "quant_method"}
     for name, value in re.findall(r"^\| `(\w+)` \| (\d+) \|", table, flags=re.MULTILINE):
         assert getattr(CommVQConfig(), name) == int(value)
 

@@ -218,3 +218,19 @@ def test_encoder_gives_the_codes_of_the_reference(bits, metric, batch, tokens):
     assert (want == got).float().mean() > 0.99  # ties may fall either way
     errors = [(decode(c, book) - x).norm() for c in (want, got)]
     assert abs(errors[0] - errors[1]) <= 1e-3 * errors[0]
+
+
+def test_self_check_passes_and_notices_a_wrong_kernel(monkeypatch):
+    """The check that a GPU's first use goes through, here on the interpreter's device."""
+    from transformers_commvq.ops import attention_triton, gpu
+
+    gpu.self_check.cache_clear()
+    assert gpu.self_check(torch.device("cpu")) is None
+    right = attention_triton.attention_triton
+    monkeypatch.setattr(attention_triton, "attention_triton", lambda *a: (right(*a)[0] * 1.01, None))
+    gpu.self_check.cache_clear()
+    assert "off by" in gpu.self_check(torch.device("cpu"))
+    monkeypatch.setattr(attention_triton, "attention_triton", lambda *a: 1 / 0)
+    gpu.self_check.cache_clear()
+    assert "do not run" in gpu.self_check(torch.device("cpu"))
+    gpu.self_check.cache_clear()

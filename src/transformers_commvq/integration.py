@@ -16,6 +16,7 @@ from .cache import CommVQCache
 from .codebook import Codebook
 from .config import METHOD, CacheUseError, CommVQConfig, ConfigError, UnsupportedModelError
 from .geometry import ModelReading, read_model
+from .recipe import learn_missing
 
 _STATE = "_commvq"  # attribute of an enabled model
 
@@ -36,12 +37,12 @@ class Enabled:
     heads: tuple[int, int] | None = None
     handles: list[Any] = field(default_factory=list)
 
-    def codebook(self, config: CommVQConfig) -> Codebook:
+    def codebook(self, config: CommVQConfig, model: PreTrainedModel) -> Codebook:
         """The codebooks for a config, each layer's where that layer computes now."""
         key = str((config.bits, config.codebook, config.revision, config.base_model))
         book = self.codebooks.get(key)
         if book is None:
-            book = hub.resolve(config, self.reading.geometry)
+            book = hub.resolve(config, self.reading.geometry, on_missing=lambda config, _: learn_missing(model, config))
             if self.heads:
                 book = replace(book, layers={i: layer.select_heads(*self.heads) for i, layer in book.layers.items()})
         self.codebooks[key] = _placed(book, self.reading)
@@ -110,7 +111,7 @@ def enable(model: PreTrainedModel, kv_cache: Any = METHOD) -> PreTrainedModel:
     if state := model.__dict__.get(_STATE):
         previous = state.previous
     state = Enabled(config, reading, {}, previous, _local_heads(model, reading.geometry.num_key_value_heads))
-    state.codebook(config)  # everything that can fail has happened before the model is changed
+    state.codebook(config, model)  # everything that can fail has happened before the model is changed
     disable(model)
     attention.register()
     _warn_if_little_is_compressed(reading)
@@ -200,7 +201,7 @@ def make_cache(model: PreTrainedModel, kv_cache: Any = None) -> CommVQCache:
     if state is None:
         raise CacheUseError("this model is not enabled. Fix: call transformers_commvq.enable(model, ...) first.")
     config = _override(state.config, kv_cache)
-    return CommVQCache(state.reading, state.codebook(config), config, model.config)
+    return CommVQCache(state.reading, state.codebook(config, model), config, model.config)
 
 
 def _override(config: CommVQConfig, kv_cache: Any) -> CommVQConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 import time
 from collections.abc import Sequence
@@ -12,14 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
 from torch import nn
 
 from .calibration import CalibrationPlan, StoredSamples, calibrate
-from .codebook import Codebook
+from .codebook import CONFIG_FILE, Codebook
 from .config import CommVQConfig, ConfigError
 from .geometry import read_model
 from .learning import LearnedRate, LearningPlan, learn
 from .text import self_generated, windows_of
+
+logger = logging.getLogger(__name__)
 
 HELD_OUT = 0.1  # the last part of every text is kept for the evaluation
 
@@ -118,10 +122,33 @@ def learn_codebooks(
 def learn_missing(model: nn.Module, config: CommVQConfig, progress: bool = True) -> Codebook:
     """The codebook that ``CommVQConfig(learn=True)`` asks for, from text the model writes itself.
 
-    It lives in memory only; ``transformers-commvq learn`` makes one that stays, from better text.
+    It is kept under the Hugging Face cache folder, by the model's id and weights, and found there the next time; a run
+    that was stopped goes on. ``transformers-commvq learn`` makes a better one from text like yours.
     """
-    learned = learn_codebooks(model, None, [config.bits], base_model=config.base_model, progress=progress)
-    return learned[config.bits][0]
+    folder = _learned_folder(model, config)
+    if not (folder / CONFIG_FILE).exists():
+        logger.warning(
+            "no codebooks for %s at %g bits: learning them now from text the model writes itself (minutes); they are "
+            "kept in %s",
+            config.base_model or getattr(model.config, "_name_or_path", "this model"), config.bits, folder,
+        )  # fmt: skip
+        learned = learn_codebooks(
+            model, None, [config.bits], base_model=config.base_model, work=folder / "work", progress=progress
+        )
+        learned[config.bits][0].save(folder)
+    return Codebook.load(folder)
+
+
+def _learned_folder(model: nn.Module, config: CommVQConfig) -> Path:
+    reading = read_model(model, config.base_model)
+    weights = hashlib.sha256(json.dumps(asdict(reading.geometry), sort_keys=True).encode())
+    for module in reading.attention.values():  # two fine-tunes of one model need codebooks of their own
+        for _, parameter in sorted(module.named_parameters(recurse=True)):
+            sample = parameter.detach().flatten()[:1024]
+            if not sample.is_meta:
+                weights.update(sample.to("cpu", torch.float32).numpy().tobytes())
+    name = f"{Path(reading.geometry.id).name}-CommVQ-{config.bits:g}bit-{weights.hexdigest()[:12]}"
+    return Path(constants.HF_HOME) / "commvq" / "learned" / name
 
 
 def _fingerprint(recipe: Recipe, geometry: dict, windows: Sequence[torch.Tensor]) -> str:
