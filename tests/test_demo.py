@@ -102,8 +102,8 @@ def test_measure_on_a_tiny_model(saved, tokenizer):
     held = torch.tensor(text.held_passage(tokenizer, 500))
     stages = []
     config = CommVQConfig(codebook=str(saved / "book"), residual_length=64)
-    plain, ours = demo.measure(model, tokenizer, {"2 bits": config}, prompt, held, stages.append)
-    assert len(stages) == 3
+    plain, ours = demo.measure(model, tokenizer, {"2-bit": config}, prompt, held, stages.append)
+    assert len(stages) == demo.stages({"2-bit": config}) == 4
     assert plain.tokens == ours.tokens == len(prompt.ids) + demo.ANSWER_TOKENS - 1
     assert plain.fp16_bytes == ours.fp16_bytes == plain.nbytes // 2
     assert plain.ratio == 2.0
@@ -113,6 +113,7 @@ def test_measure_on_a_tiny_model(saved, tokenizer):
     assert math.isfinite(plain.perplexity)
     assert plain.kl is None
     assert ours.kl > 0
+    assert not hasattr(model, "_commvq")  # left as it was found
     assert min(row.prefill for row in (plain, ours)) > 0
     assert not plain.right
 
@@ -122,7 +123,7 @@ def test_the_command_on_a_tiny_model(saved, tmp_path, capsys):
     lengths = ["--tokens", "500", "--held-tokens", "300", "--device", "cpu", "--out", str(tmp_path)]
     assert cli.main(["demo", *arguments, *lengths]) == 0
     shown = capsys.readouterr().out
-    for expected in ("[1/3] plain cache", "The answers", "The measurements", "missed the fact", text.FACT, "fp16"):
+    for expected in ("[1/4] plain cache", "The answers", "The measurements", "missed the fact", text.FACT, "fp16"):
         assert expected in shown
     numbers = json.loads((tmp_path / report.NUMBERS).read_text())
     assert [row["name"] for row in numbers["caches"]] == ["plain", "book"]
@@ -145,9 +146,9 @@ def test_missing_packages_are_named(monkeypatch):
 
 def test_cells_state_the_change():
     plain = demo.Measured("plain", "", True, 100, 4_194_304, 4_194_304, 0, 50.0, 5.0, 20.0, None)
-    ours = demo.Measured("2 bits", "", True, 100, 524_288, 4_194_304, 0, 40.0, 4.0, 21.0, 0.05)
+    ours = demo.Measured("2-bit", "", True, 100, 524_288, 4_194_304, 0, 40.0, 4.0, 21.0, 0.05)
     assert report.cells(plain, plain) == ["plain", "4.0 MiB", "100.0%", "20.00", "-", "50", "5.0"]
-    assert report.cells(ours, plain) == ["2 bits", "0.5 MiB", "12.5%", "21.00 (+5.0%)", "0.0500", "40", "4.0"]
+    assert report.cells(ours, plain) == ["2-bit", "0.5 MiB", "12.5%", "21.00 (+5.0%)", "0.0500", "40", "4.0"]
 
 
 def test_missing_wheel_is_explained(monkeypatch, tmp_path):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
+import statistics
 import time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
@@ -25,7 +27,8 @@ from .evaluation import streaming_quality, uncompressed
 from .integration import disable, enable, make_cache
 
 ANSWER_TOKENS = 32
-DECODE_TOKENS = 32  # decoded after the answer, to time a steady pace
+WARM_UP_TOKENS = 384  # enough for a compressed cache to hold codes, so that compiling kernels is not timed
+TURNS, TURN_TOKENS = 4, 8  # decoding is timed in turns, so that another load on the machine meets every cache
 CHUNK = 128  # tokens a step while the held passage streams through the cache
 NEEDED = ("rich", "matplotlib")
 
@@ -51,7 +54,7 @@ class Measured:
 
     tokens, nbytes, fp16_bytes: of the cache after the answer; fp16_bytes is what 16 bits an element would take.
     codebook_bytes: shared by every cache of the model and not in nbytes.
-    prefill, decode: tokens a second.
+    prefill, decode: tokens a second; decode from the median step.
     perplexity, kl: on the held passage; kl, nats a token, against the plain cache, None for itself.
     sizes: (tokens, bytes) of the cache while it grew.
     """
@@ -115,13 +118,31 @@ def choose_device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torc
     return torch.device(device), getattr(torch, dtype)
 
 
+@contextmanager
+def using(model: PreTrainedModel, config: CommVQConfig | None):
+    """The model makes caches of a config meanwhile, or plain ones."""
+    if config is None:
+        disable(model)
+        yield
+        return
+    enable(model, config)
+    try:
+        yield
+    finally:
+        disable(model)
+
+
 @torch.inference_mode()
-def answer(model: PreTrainedModel, tokenizer: Any, prompt: Prompt) -> dict[str, Any]:
-    """generate() on the prompt with the cache the model makes by default; the fields of Measured it decides."""
+def answer(model: PreTrainedModel, tokenizer: Any, prompt: Prompt) -> tuple[dict[str, Any], Cache, torch.Tensor]:
+    """generate() on the prompt with the cache the model makes by default.
+
+    Returns the fields of Measured it decides, the cache, and the last token, (1, 1), which the cache does not hold yet.
+    """
     ids = torch.tensor([prompt.ids], device=model.device)
     mask = torch.ones_like(ids)
     settings = GenerationConfig(do_sample=False, max_new_tokens=ANSWER_TOKENS, return_dict_in_generate=True)
-    model.generate(ids[:, :64], attention_mask=mask[:, :64], do_sample=False, max_new_tokens=2)  # warm up
+    warm = slice(WARM_UP_TOKENS)
+    model.generate(ids[:, warm], attention_mask=mask[:, warm], do_sample=False, max_new_tokens=3)
     clock, start = _Clock(), time.perf_counter()
     result = model.generate(ids, attention_mask=mask, generation_config=settings, streamer=clock)
     prefill = ids.shape[1] / (clock.times[1] - start)  # times[0] is the prompt handed in
@@ -129,12 +150,7 @@ def answer(model: PreTrainedModel, tokenizer: Any, prompt: Prompt) -> dict[str, 
     cache = result.past_key_values
     nbytes, fp16_bytes = cache_bytes(cache)
     tokens = cache.get_seq_length()
-    token, start = result.sequences[:, -1:], time.perf_counter()
-    for _ in range(DECODE_TOKENS):
-        token = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-    token.cpu()  # wait for a GPU
-    decode = DECODE_TOKENS / (time.perf_counter() - start)
-    return {
+    fields = {
         "answer": text,
         "right": prompt.expected in text,
         "tokens": tokens,
@@ -142,9 +158,21 @@ def answer(model: PreTrainedModel, tokenizer: Any, prompt: Prompt) -> dict[str, 
         "fp16_bytes": fp16_bytes,
         "codebook_bytes": cache.codebook.nbytes if isinstance(cache, CommVQCache) else 0,
         "prefill": prefill,
-        "decode": decode,
         "sizes": [(tokens, nbytes)],
     }
+    return fields, cache, result.sequences[:, -1:]
+
+
+@torch.inference_mode()
+def decode_times(model: PreTrainedModel, cache: Cache, token: torch.Tensor) -> list[float]:
+    """Seconds of each of TURN_TOKENS greedy steps on from a cache."""
+    times = []
+    for _ in range(TURN_TOKENS):
+        start = time.perf_counter()
+        token = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        token.cpu()  # wait for a GPU
+        times.append(time.perf_counter() - start)
+    return times
 
 
 @contextmanager
@@ -190,32 +218,41 @@ def measure(
     held: torch.Tensor,
     stage: Callable[[str], None] = lambda text: None,
 ) -> list[Measured]:
-    """Measure the plain cache, then every config of ``specs`` (name -> config), one after another.
+    """Measure the plain cache and every config of ``specs`` (name -> config).
 
-    stage: told what is about to be done; it is called ``1 + 2 * len(specs)`` times.
+    stage: told what is about to be done; it is called ``stages(specs)`` times.
     """
-    disable(model)
-    stage("plain cache: answering")
-    rows = [Measured("plain", **answer(model, tokenizer, prompt), perplexity=float("nan"), kl=None)]
-    for name, config in specs.items():
-        enable(model, config)
-        try:
-            stage(f"{name}: answering")
-            row = answer(model, tokenizer, prompt)
-            stage(f"{name}: perplexity of {len(held):,} tokens, beside the plain cache")
+    settings = {"plain": None, **specs}
+    answers, times = {}, {name: [] for name in settings}
+    for name, config in settings.items():
+        stage(f"{name} cache: answering")
+        with using(model, config):
+            answers[name] = answer(model, tokenizer, prompt)
+    stage("decoding on, in turns")
+    for _ in range(TURNS):
+        for name, config in settings.items():
+            with using(model, config):
+                times[name] += decode_times(model, *answers[name][1:])
+    rows = [
+        Measured(name, **fields, decode=1 / statistics.median(times[name]), perplexity=math.nan, kl=None)
+        for name, (fields, _, _) in answers.items()
+    ]
+    for row in rows[1:]:
+        stage(f"{row.name} cache: perplexity of {len(held):,} tokens, beside the plain cache")
+        with using(model, specs[row.name]):
             quality, ours, plain = stream(model, held)
-        finally:
-            disable(model)
-        row["sizes"] = ours + row["sizes"]
-        rows.append(Measured(name, **row, perplexity=quality.perplexity, kl=quality.mean_kl))
-        if len(rows) == 2:  # the plain cache is the same for all: once is enough
-            rows[0].perplexity = quality.reference_perplexity
-            rows[0].sizes = plain + rows[0].sizes
+        row.perplexity, row.kl, row.sizes = quality.perplexity, quality.mean_kl, ours + row.sizes
+        if row is rows[1]:  # the plain cache is the same for all: once is enough
+            rows[0].perplexity, rows[0].sizes = quality.reference_perplexity, plain + rows[0].sizes
     return rows
 
 
+def stages(specs: dict[str, CommVQConfig]) -> int:
+    return 2 + 2 * len(specs)
+
+
 def _rate(bits: float) -> str:
-    return f"{bits:g} bit" if bits == 1 else f"{bits:g} bits"
+    return f"{bits:g}-bit"
 
 
 def _describe(device: torch.device) -> str:
@@ -269,7 +306,7 @@ def run_demo(options: DemoOptions) -> int:
     }
     report.introduce(about, prompt)
     start = time.perf_counter()
-    with report.progress(1 + 2 * len(specs)) as stage:
+    with report.progress(stages(specs)) as stage:
         rows = measure(model, tokenizer, specs, prompt, held, stage)
     about["seconds"] = round(time.perf_counter() - start, 1)
     report.show(about, rows)

@@ -104,7 +104,10 @@ def notes(about: dict[str, Any], rows: list[Measured]) -> list[tuple[str, str]]:
             f"on {about['held_tokens']:,} other tokens of documentation, passed through the cache {about['chunk']} "
             "at a time; KL in nats a token, 0 is the plain cache. One passage: small changes mean little.",
         ),
-        ("speeds", f"one run on this machine ({about['device']}); the prompt in one go, decoding at its length."),
+        (
+            "speeds",
+            f"on this machine ({about['device']}), one run; decoding is the median step, at the prompt's length.",
+        ),
         ("all", f"measured in this run, in {about['seconds']:.0f} s."),
     ]
 
