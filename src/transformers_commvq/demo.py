@@ -280,9 +280,7 @@ def run_demo(options: DemoOptions) -> int:
         tokenizer = AutoTokenizer.from_pretrained(options.model)
         model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).eval()
     model.to(device)
-    specs = {
-        f"{bits:g} bit{'s' * (bits != 1)}": CommVQConfig(bits=bits, base_model=base_model) for bits in options.bits
-    }
+    specs = {_rate(bits): CommVQConfig(bits=bits, base_model=base_model) for bits in options.bits}
     if options.codebook:
         specs = {Path(name).name: CommVQConfig(codebook=name, base_model=base_model) for name in options.codebook}
     for config in specs.values():  # a missing codebook is told before minutes of work
