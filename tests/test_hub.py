@@ -23,7 +23,7 @@ from loopback_hub import LoopbackHub
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from transformers_commvq import hub, publish
-from transformers_commvq.cards import CardError, License, artefact_tag, make_card
+from transformers_commvq.cards import PICTURE, CardError, License, artefact_tag, make_card
 from transformers_commvq.cli import inspect as inspect_command
 from transformers_commvq.cli import push as push_command
 from transformers_commvq.codebook import CONFIG_FILE, TENSOR_FILE, Codebook, LayerBook, ModelGeometry, SignBook
@@ -531,6 +531,14 @@ def test_push_then_pull_is_bit_for_bit(server, files, book, tmp_path):
     card = server.files(REPO)["README.md"].decode()
     assert done.tag in card and f'"codebook": "{REPO}"' in card
     assert card == make_card(tmp_path / "book", REPO, APACHE)
+
+
+def test_push_takes_the_picture_along(server, book, tmp_path):
+    (tmp_path / "book" / PICTURE).write_bytes(b"\x89PNG picture")
+    push(tmp_path)
+    assert server.files(REPO)[PICTURE] == b"\x89PNG picture"
+    assert f"]({PICTURE})" in server.files(REPO)["README.md"].decode()
+    push(tmp_path)  # and it is no stranger there the next time
 
 
 def test_push_is_one_commit(server, book, tmp_path):

@@ -20,6 +20,7 @@ from .codebook import CONFIG_FILE, LIBRARY, TENSOR_FILE, Codebook
 from .config import CommVQError
 from .estimate import CacheShape, compressed_bytes, plain_bytes
 
+PICTURE = "bits.png"  # a heat map of the bits of every head, which ``learn`` draws
 TEMPLATE_FILE = Path(__file__).with_name("card_template.md")
 TAG_PREFIX = "commvq-"  # of the tags that name an artefact by its hash
 TAG_DIGITS = 32
@@ -98,11 +99,17 @@ def make_card(folder: str | os.PathLike, repo_id: str, license: License) -> str:
     folder = Path(folder)
     book = Codebook.load(folder)
     check_publishable(book)
-    return render(book, (folder / CONFIG_FILE).read_bytes(), (folder / TENSOR_FILE).stat().st_size, repo_id, license)
+    config_json, size = (folder / CONFIG_FILE).read_bytes(), (folder / TENSOR_FILE).stat().st_size
+    return render(book, config_json, size, repo_id, license, (folder / PICTURE).is_file())
 
 
-def render(book: Codebook, config_json: bytes, tensor_size: int, repo_id: str, license: License) -> str:
-    """``make_card`` from parts that are known to be good. config_json: the file's bytes, as they will be uploaded."""
+def render(
+    book: Codebook, config_json: bytes, tensor_size: int, repo_id: str, license: License, picture: bool = False
+) -> str:
+    """``make_card`` from parts that are known to be good.
+
+    config_json: the file's bytes, as they will be uploaded. picture: whether PICTURE will lie beside the card.
+    """
     base = book.geometry.id
     elements = book.elements_per_token
     rate = f"{book.bits:.4g}"
@@ -129,6 +136,7 @@ def render(book: Codebook, config_json: bytes, tensor_size: int, repo_id: str, l
         "plain_token_bytes": f"{2 * elements:,}",
         "codebook_size": size(book.nbytes),
         "memory_rows": "\n".join(_memory_rows(book)),
+        "picture": f"![Bits an element of every head, by layer: keys and values]({PICTURE})\n\n" if picture else "",
         "quality": _quality(book.evaluation),
         "calibration": "\n".join(_described(book.calibration)) or "Not recorded.",
         "file_rows": "\n".join(f"| {n} | {s:,} | `{h}` |" for n, (s, h) in sorted(hashes.items())),

@@ -52,7 +52,7 @@ class LearningPlan:
     warm_tokens: int = 4096
     key_shrink: float = 0.1
     ridge: float = 1e-4
-    cap: float = 4.0
+    cap: float = 6.0
     seed: int = 0
 
     def __post_init__(self):

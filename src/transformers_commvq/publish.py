@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
 
-from .cards import CardError, License, artefact_tag, check_publishable, render
+from .cards import PICTURE, CardError, License, artefact_tag, check_publishable, render
 from .codebook import CONFIG_FILE, LIBRARY, TENSOR_FILE, Codebook
 from .config import CodebookError, ConfigError
 from .hub import hub_errors, is_hub_id, rates_agree
@@ -50,9 +50,11 @@ def push(
     if not is_hub_id(repo_id):
         raise ConfigError(f"{repo_id!r} is no Hub repository id. Fix: give org/name.")
     book, config_json, tensors = _read(folder, base_model)
+    picture = Path(folder) / PICTURE
+    drawn = [CommitOperationAdd(PICTURE, picture.read_bytes())] if picture.is_file() else []
     api = HfApi(library_name=LIBRARY, token=token)
     license = license or inherited_license(api, book.geometry.id)
-    card = render(book, config_json, len(tensors), repo_id, license)
+    card = render(book, config_json, len(tensors), repo_id, license, bool(drawn))
     with hub_errors(repo_id):
         parent = _head(api, repo_id, book)
         if parent is None:
@@ -63,6 +65,7 @@ def push(
                 CommitOperationAdd(CONFIG_FILE, config_json),
                 CommitOperationAdd(TENSOR_FILE, tensors),
                 CommitOperationAdd(README, card.encode()),
+                *drawn,
             ],
             commit_message=f"{book.bits:.3g}-bit CommVQ codebooks of {book.geometry.id}",
             parent_commit=parent,  # somebody else's push since _head is an error, not overwritten
@@ -116,7 +119,7 @@ def _head(api: HfApi, repo_id: str, book: Codebook) -> str | None:
         info = api.model_info(repo_id)
     except RepositoryNotFoundError:
         return None
-    held = {file.rfilename for file in info.siblings or ()} - {".gitattributes", README}
+    held = {file.rfilename for file in info.siblings or ()} - {".gitattributes", README, PICTURE}
     if held:
         try:
             there = json.loads(Path(api.hf_hub_download(repo_id, CONFIG_FILE, revision=info.sha)).read_bytes())

@@ -35,7 +35,7 @@ class Recipe:
     tokens: budget of calibration tokens, in windows of ``window`` tokens.
     """
 
-    tokens: int = 20480
+    tokens: int = 30720
     window: int = 1024
     seed: int = 0
     calibration: CalibrationPlan = field(default_factory=CalibrationPlan)

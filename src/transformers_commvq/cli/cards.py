@@ -19,11 +19,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from .. import hub
+    from ..cards import PICTURE
 
     registry = build_registry(args.license)
-    stale = _put(hub.REGISTRY_FILE, json.dumps(registry, indent=2) + "\n", args.check)
+    stale = _put(hub.REGISTRY_FILE, (json.dumps(registry, indent=2) + "\n").encode(), args.check)
     for name, card in build_cards(registry, args.org).items():
-        stale += _put(args.out / name / "README.md", card, args.check)
+        stale += _put(args.out / name / "README.md", card.encode(), args.check)
+        picture = hub.PACKAGED / name / PICTURE
+        if picture.is_file():
+            stale += _put(args.out / name / PICTURE, picture.read_bytes(), args.check)
     for path in stale:
         print(f"not up to date: {path}" if args.check else f"written: {path}")
     if args.check and stale:
@@ -81,11 +85,11 @@ def build_cards(registry: dict, org: str) -> dict[str, str]:
     }
 
 
-def _put(path: Path, text: str, check: bool) -> list[Path]:
-    """Write a file if its text is another; returns it then."""
-    if path.is_file() and path.read_text() == text:
+def _put(path: Path, data: bytes, check: bool) -> list[Path]:
+    """Write a file if its contents are other; returns it then."""
+    if path.is_file() and path.read_bytes() == data:
         return []
     if not check:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        path.write_bytes(data)
     return [path]

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--self-generated", action="store_true", help="let the model write text too (needs no data)")
     parser.add_argument("--out", default=".", metavar="DIR", help="where the codebook folders go")
     parser.add_argument("--base-model", metavar="ID", help="Hub id of a model that is loaded from a folder")
-    parser.add_argument("--tokens", type=int, default=20480, help="calibration tokens")
+    parser.add_argument("--tokens", type=int, default=30720, help="calibration tokens")
     parser.add_argument("--seed", type=int, default=0, help="decides every draw")
     parser.add_argument("--dtype", default="auto", help="dtype of the model: auto, float32, bfloat16 or float16")
     parser.add_argument("--device", default="cpu", help="where the model runs; a GPU is much faster")
@@ -90,14 +90,16 @@ def _measure(model, tokenizer, folder, rate, base_model, texts, count) -> dict:
 def _report(folder, book, result) -> None:
     import json
 
+    from ..cards import PICTURE
+
     heads = {"bits_per_head": result.report["bits_per_head"], "relative_error": result.report["relative_error"]}
     (folder / "report.json").write_text(json.dumps(heads, indent=1) + "\n")
     print(f"{folder}: {book.bits:g} bits an element, {book.nbytes / 2**20:.2f} MiB")
     for name, row in book.evaluation.items():
         print(f"  {name}: perplexity {row['reference_perplexity']:.3f} -> {row['perplexity']:.3f} "
               f"({row['change']:+.2%}), KL {row['kl']:.4f} nats, {row['windows']} windows")  # fmt: skip
-    if heat_map(folder / "bits.png", book):
-        print(f"  bits of every head: {folder / 'bits.png'}")
+    if heat_map(folder / PICTURE, book):
+        print(f"  bits of every head: {folder / PICTURE}")
 
 
 def heat_map(path, book) -> bool:
