@@ -115,10 +115,11 @@ def _scores(query: torch.Tensor, past: CodedPast) -> torch.Tensor:
     storage, row = _storage(past.keys)
     out = torch.empty(*query.shape[:3], past.length)
     tasks = batch * book.heads * -(-past.length // (kernels.OFFSETS * kernels.GROUPS))
+    kernel = kernels.key_scores(book.head_dim, past.rope.pairs)
     turned = query[..., order].contiguous().numpy()
     _run(
-        kernels.key_scores, tasks, storage, row, book.token_bytes, past.length, tables, first, bits, turned,
-        cos.numpy(), sin.numpy(), cos0, sin0, broken, whole, out.numpy(),
+        kernel, tasks, storage, row, book.token_bytes, past.length, tables, first, bits, turned, cos.numpy(),
+        sin.numpy(), cos0, sin0, broken, whole, out.numpy(),
     )  # fmt: skip
     return out
 
@@ -134,7 +135,7 @@ def _value_sums(weights: torch.Tensor, past: CodedPast) -> torch.Tensor:
     storage, row = _storage(past.values)
     first, bits = _first_and_bits(book.layout)
     _run(
-        kernels.value_sums, batch * heads * splits, storage, row, book.token_bytes, tokens, first, bits,
+        kernels.value_sums(rows), batch * heads * splits, storage, row, book.token_bytes, tokens, first, bits,
         weights.contiguous().numpy(), splits, out.numpy(),
     )  # fmt: skip
     return out.sum(2)

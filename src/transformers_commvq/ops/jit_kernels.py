@@ -9,6 +9,8 @@ compiler from using vector instructions.
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 from numba import njit, uint64
 
@@ -43,12 +45,12 @@ def nibble_tables(rows, first, bits, mean):
     return tables
 
 
-@njit(**_OPTIONS)
-def key_scores(
-    begin_task, end_task, codes, row_stride, width, tokens, tables, first, bits, query, cos, sin, cos0, sin0, broken,
-    whole, out,
-):  # fmt: skip
-    """Scores of queries with coded keys. There are batch * heads * ceil(tokens / OFFSETS / GROUPS) tasks.
+@cache
+def key_scores(dim, pairs):
+    """The kernel for heads of ``dim`` elements, 2 * ``pairs`` of them rotated: scores of queries with coded keys.
+
+    Known sizes let the compiler unroll and keep sums in registers; unknown ones cost four times as much.
+    There are batch * heads * ceil(tokens / OFFSETS / GROUPS) tasks.
 
     codes: uint8 1-d storage; token t of batch row b begins at b * row_stride + t * width.
     tables: of ``nibble_tables``; dimensions in the order real parts, imaginary parts, rest.
@@ -59,68 +61,76 @@ def key_scores(
     whole: float32 (batch, tokens, 2, pairs), cos and sin of single tokens; may be empty if no group is broken.
     out: float32 (batch, heads, rows, tokens), written.
     """
-    _, heads, count, dim = query.shape
-    pairs = cos.shape[1]
-    groups = (tokens + OFFSETS - 1) // OFFSETS
-    tasks = (groups + GROUPS - 1) // GROUPS
-    low, four, one = uint64(15), uint64(4), uint64(1)
-    for task in range(begin_task, end_task):
-        b, h = task // (heads * tasks), task // tasks % heads
-        begin = task % tasks * GROUPS
-        octets, table = bits[h] // 8, uint64(first[h] // 4)
-        key = np.empty(dim, np.float32)
-        turned = np.empty((count, dim), np.float32)
-        for group in range(begin, min(begin + GROUPS, groups)):
-            single = broken[group]
-            for r in range(count):
-                q, turn = query[b, h, r], turned[r]
-                for i in range(dim):
-                    turn[i] = q[i]
-                if not single:
-                    c0, s0 = cos0[b, group], sin0[b, group]
-                    for p in range(pairs):
-                        turn[p] = q[p] * c0[p] + q[pairs + p] * s0[p]
-                        turn[pairs + p] = q[pairs + p] * c0[p] - q[p] * s0[p]
-            start = group * OFFSETS
-            for j in range(min(OFFSETS, tokens - start)):
-                at = b * row_stride + (start + j) * width + first[h] // 8
-                code = codes[at : at + octets]
-                c = uint64(code[0])
-                t0, t1 = tables[table, c & low], tables[table + one, c >> four]
-                for i in range(dim):
-                    key[i] = t0[i] + t1[i]
-                k = 1
-                while k + 1 < octets:
-                    c, e, g = uint64(code[k]), uint64(code[k + 1]), table + uint64(2 * k)
-                    t0, t1 = tables[g, c & low], tables[g + one, c >> four]
-                    t2, t3 = tables[g + uint64(2), e & low], tables[g + uint64(3), e >> four]
-                    for i in range(dim):
-                        key[i] += (t0[i] + t1[i]) + (t2[i] + t3[i])
-                    k += 2
-                if k < octets:
-                    c, g = uint64(code[k]), table + uint64(2 * k)
-                    t0, t1 = tables[g, c & low], tables[g + one, c >> four]
-                    for i in range(dim):
-                        key[i] += t0[i] + t1[i]
-                if single:
-                    cc, ss = whole[b, start + j, 0], whole[b, start + j, 1]
-                else:
-                    cc, ss = cos[j], sin[j]
-                for p in range(pairs):
-                    x, y = key[p], key[pairs + p]
-                    key[p] = x * cc[p] - y * ss[p]
-                    key[pairs + p] = x * ss[p] + y * cc[p]
+
+    @njit(**_OPTIONS)
+    def kernel(
+        begin_task, end_task, codes, row_stride, width, tokens, tables, first, bits, query, cos, sin, cos0, sin0,
+        broken, whole, out,
+    ):  # fmt: skip
+        _, heads, count, _ = query.shape
+        groups = (tokens + OFFSETS - 1) // OFFSETS
+        tasks = (groups + GROUPS - 1) // GROUPS
+        low, four, one = uint64(15), uint64(4), uint64(1)
+        for task in range(begin_task, end_task):
+            b, h = task // (heads * tasks), task // tasks % heads
+            begin = task % tasks * GROUPS
+            octets, table = bits[h] // 8, uint64(first[h] // 4)
+            key = np.empty(dim, np.float32)
+            turned = np.empty((count, dim), np.float32)
+            for group in range(begin, min(begin + GROUPS, groups)):
+                single = broken[group]
                 for r in range(count):
-                    turn = turned[r]
-                    total = np.float32(0)
+                    q, turn = query[b, h, r], turned[r]
                     for i in range(dim):
-                        total += turn[i] * key[i]
-                    out[b, h, r, start + j] = total
+                        turn[i] = q[i]
+                    if not single:
+                        c0, s0 = cos0[b, group], sin0[b, group]
+                        for p in range(pairs):
+                            turn[p] = q[p] * c0[p] + q[pairs + p] * s0[p]
+                            turn[pairs + p] = q[pairs + p] * c0[p] - q[p] * s0[p]
+                start = group * OFFSETS
+                for j in range(min(OFFSETS, tokens - start)):
+                    at = b * row_stride + (start + j) * width + first[h] // 8
+                    code = codes[at : at + octets]
+                    c = uint64(code[0])
+                    t0, t1 = tables[table, c & low], tables[table + one, c >> four]
+                    for i in range(dim):
+                        key[i] = t0[i] + t1[i]
+                    k = 1
+                    while k + 1 < octets:
+                        c, e, g = uint64(code[k]), uint64(code[k + 1]), table + uint64(2 * k)
+                        t0, t1 = tables[g, c & low], tables[g + one, c >> four]
+                        t2, t3 = tables[g + uint64(2), e & low], tables[g + uint64(3), e >> four]
+                        for i in range(dim):
+                            key[i] += (t0[i] + t1[i]) + (t2[i] + t3[i])
+                        k += 2
+                    if k < octets:
+                        c, g = uint64(code[k]), table + uint64(2 * k)
+                        t0, t1 = tables[g, c & low], tables[g + one, c >> four]
+                        for i in range(dim):
+                            key[i] += t0[i] + t1[i]
+                    if single:
+                        cc, ss = whole[b, start + j, 0], whole[b, start + j, 1]
+                    else:
+                        cc, ss = cos[j], sin[j]
+                    for p in range(pairs):
+                        x, y = key[p], key[pairs + p]
+                        key[p] = x * cc[p] - y * ss[p]
+                        key[pairs + p] = x * ss[p] + y * cc[p]
+                    for r in range(count):
+                        turn = turned[r]
+                        total = np.float32(0)
+                        for i in range(dim):
+                            total += turn[i] * key[i]
+                        out[b, h, r, start + j] = total
+
+    return kernel
 
 
-@njit(**_OPTIONS)
-def value_sums(begin_task, end_task, codes, row_stride, width, tokens, first, bits, weights, splits, out):
-    """Sums of signs under weights: out[b, h, :, r, j] sums to sum_t weights[b, h, r, t] * sign_j(t).
+@cache
+def value_sums(count):
+    """The kernel for ``count`` rows of weights a head: sums of signs under weights,
+    out[b, h, :, r, j] sums to sum_t weights[b, h, r, t] * sign_j(t).
 
     There are batch * heads * splits tasks. A byte of a code has 256 values: the weights of tokens with equal bytes are
     added first, one addition a byte, and only the 256 sums meet their 8 signs, by folding the table in half once a bit.
@@ -129,32 +139,38 @@ def value_sums(begin_task, end_task, codes, row_stride, width, tokens, first, bi
     weights: float32 (batch, heads, rows, tokens). splits: tasks a head, each over its own tokens.
     out: float32 (batch, heads, splits, rows, max_bits), a head's own bits are written.
     """
-    _, heads, count, _ = weights.shape
-    chunk = (tokens + splits - 1) // splits
-    for task in range(begin_task, end_task):
-        b, h, split = task // (heads * splits), task // splits % heads, task % splits
-        octets = bits[h] // 8
-        sums = np.zeros((octets * 256, count), np.float32)
-        w = np.empty(count, np.float32)
-        for t in range(split * chunk, min((split + 1) * chunk, tokens)):
-            at = b * row_stride + t * width + first[h] // 8
-            code = codes[at : at + octets]
-            for r in range(count):
-                w[r] = weights[b, h, r, t]
+
+    @njit(**_OPTIONS)
+    def kernel(begin_task, end_task, codes, row_stride, width, tokens, first, bits, weights, splits, out):
+
+        heads = weights.shape[1]
+        chunk = (tokens + splits - 1) // splits
+        for task in range(begin_task, end_task):
+            b, h, split = task // (heads * splits), task // splits % heads, task % splits
+            octets = bits[h] // 8
+            sums = np.zeros((octets * 256, count), np.float32)
+            w = np.empty(count, np.float32)
+            for t in range(split * chunk, min((split + 1) * chunk, tokens)):
+                at = b * row_stride + t * width + first[h] // 8
+                code = codes[at : at + octets]
+                for r in range(count):
+                    w[r] = weights[b, h, r, t]
+                for k in range(octets):
+                    cell = sums[uint64(256 * k) + uint64(code[k])]
+                    for r in range(count):
+                        cell[r] += w[r]
             for k in range(octets):
-                cell = sums[uint64(256 * k) + uint64(code[k])]
-                for r in range(count):
-                    cell[r] += w[r]
-        for k in range(octets):
-            half = 128
-            for bit in range(7, -1, -1):
-                for r in range(count):
-                    total = np.float32(0)
-                    for v in range(256 * k, 256 * k + half):
-                        total += sums[v, r] - sums[v + half, r]
-                        sums[v, r] += sums[v + half, r]
-                    out[b, h, split, r, 8 * k + bit] = total
-                half //= 2
+                half = 128
+                for bit in range(7, -1, -1):
+                    for r in range(count):
+                        total = np.float32(0)
+                        for v in range(256 * k, 256 * k + half):
+                            total += sums[v, r] - sums[v + half, r]
+                            sums[v, r] += sums[v + half, r]
+                        out[b, h, split, r, 8 * k + bit] = total
+                    half //= 2
+
+    return kernel
 
 
 @njit(**_OPTIONS)
