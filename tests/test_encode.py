@@ -5,7 +5,7 @@ import torch
 from books import sign_book
 
 from transformers_commvq import CodebookFormatError
-from transformers_commvq.ops import decode, encode, kind_of
+from transformers_commvq.ops import decode, encode, jit, kind_of
 from transformers_commvq.ops.encode import choose_signs
 
 
@@ -111,3 +111,16 @@ def test_unknown_kind_is_refused():
     book.kind = "index"
     with pytest.raises(CodebookFormatError, match="index"):
         kind_of(book)
+
+
+@pytest.mark.parametrize("metric", [False, True])
+def test_compiled_and_plain_encoders_agree(metric, monkeypatch):
+    """With and without numba: the same bytes, but where two choices tie to rounding."""
+    book = sign_book((16, 40, 104), 32, metric=metric)
+    x = torch.randn(2, 3, 90, 32) + book.mean[:, None]
+    assert jit.available(), "the test environment installs numba"
+    compiled = encode(x, book)
+    monkeypatch.setattr(jit, "available", lambda: False)
+    plain = encode(x, book)
+    assert (compiled == plain).float().mean() > 0.995
+    torch.testing.assert_close(error(x, compiled, book).mean(), error(x, plain, book).mean(), rtol=1e-4, atol=0)
