@@ -23,6 +23,12 @@ def threads():
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 0)) or torch.get_num_threads())
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    """The same random numbers in every run: a test that fails can be run again and fails again."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def tiny_llama():
     """A random Llama of two layers, two KV heads of 16 elements, 96 tokens; loads in no time."""
