@@ -15,6 +15,7 @@ from lossless import enable_lossless
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from transformers_commvq import CacheUseError, CommVQCache, CommVQLayer, enable, hub, make_cache
+from transformers_commvq.geometry import cache_name
 from transformers_commvq.layer import FLUSH, SPARE, _first_visible, storage_bytes
 from transformers_commvq.ops import backend
 
@@ -400,9 +401,9 @@ class TestMistakes:
     def test_the_attention_function_was_never_called(self, model, monkeypatch):
         attention = model.model.layers[0].self_attn
 
-        def forward(hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
+        def forward(hidden_states, position_embeddings, **kwargs):
             heads = hidden_states.view(1, -1, 4, 16).transpose(1, 2)[:, :2]
-            past_key_values.update(heads, heads, 0)
+            kwargs[cache_name(type(attention))].update(heads, heads, 0)
             return hidden_states, None
 
         monkeypatch.setattr(attention, "forward", forward)

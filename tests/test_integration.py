@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,7 @@ from transformers_commvq import (
     enable,
     make_cache,
 )
+from transformers_commvq.geometry import cache_name, generate_cache_name
 
 
 @pytest.fixture
@@ -108,7 +110,8 @@ class TestFromPretrained:
         fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w0", eos_token="w2")
         pipe = pipeline("text-generation", checkpoint, tokenizer=fast, model_kwargs={"kv_cache": "commvq"})
         seen = []
-        pipe.model.register_forward_pre_hook(lambda m, a, k: seen.append(k["past_key_values"]), with_kwargs=True)
+        name = cache_name(type(pipe.model))
+        pipe.model.register_forward_pre_hook(lambda m, a, k: seen.append(k[name]), with_kwargs=True)
         assert pipe("w5 w6 w7", max_new_tokens=3, return_full_text=True)[0]["generated_text"].startswith("w5")
         assert seen and all(isinstance(c, CommVQCache) for c in seen)
 
@@ -234,6 +237,29 @@ class TestOneCall:
         assert cache_of(model, past_key_values=given) is given
         given = make_cache(model, {"residual_length": 8})
         assert cache_of(model, past_key_values=given) is given
+
+    @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+    @pytest.mark.parametrize("name", sorted({"past_key_values", generate_cache_name()}))
+    def test_under_every_name_this_transformers_knows(self, model, name):
+        """Version 5.24 renamed the argument; a cache given under either name must not be replaced by ours."""
+        for given in (DynamicCache(config=model.config), make_cache(model)):
+            assert cache_of(model, **{name: given}) is given and given.get_seq_length() == 63
+            ids = torch.tensor([[5, 6]] * 2)
+            with torch.no_grad():
+                assert model(ids, **{name: given}).past_key_values is given and given.get_seq_length() == 65
+                fresh = model(ids, **{name: None}).past_key_values
+            assert isinstance(fresh, CommVQCache) and fresh.get_seq_length() == 2
+
+    def test_no_warnings_beyond_the_plain_cache(self, model):
+        def warned(**kwargs):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                greedy(model, new=3, **kwargs)
+                with torch.no_grad():
+                    model(prompt()["input_ids"])
+            return [str(w.message) for w in caught]
+
+        assert warned() == warned(kv_cache=False)
 
     def test_another_cache_implementation_is_used_and_told(self, model, checkpoint):
         with pytest.warns(UserWarning, match="not compressed"):

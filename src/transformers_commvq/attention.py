@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-from functools import cache as cache_results
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from transformers.masking_utils import sdpa_mask
 
 from .cache import CommVQCache
 from .config import METHOD, CacheUseError
+from .geometry import parameter_names
 from .layer import Call, CommVQLayer, current
 from .ops import attention, attention_exact, merge
 
@@ -154,12 +153,6 @@ def forget_call() -> None:
 def before_rotary(module: nn.Module, args: tuple, kwargs: dict) -> None:
     """Forward pre-hook of rotary modules: keeps the positions, for attention modules that are not told."""
     current.positions = kwargs.get("position_ids", args[1] if len(args) > 1 else None)
-
-
-@cache_results
-def parameter_names(cls: type[nn.Module]) -> tuple[str, ...]:
-    """Names of a module class's forward parameters, self left out."""
-    return tuple(inspect.signature(cls.forward).parameters)[1:]
 
 
 @torch.compiler.disable

@@ -24,6 +24,7 @@ from .cache import CommVQCache
 from .config import CommVQConfig, CommVQError, ConfigError
 from .demo_text import Prompt, build_prompt, held_passage
 from .evaluation import streaming_quality, uncompressed
+from .geometry import cache_name, generate_cache_name
 from .integration import disable, enable, make_cache
 
 ANSWER_TOKENS = 32
@@ -147,7 +148,7 @@ def answer(model: PreTrainedModel, tokenizer: Any, prompt: Prompt) -> tuple[dict
     result = model.generate(ids, attention_mask=mask, generation_config=settings, streamer=clock)
     prefill = ids.shape[1] / (clock.times[1] - start)  # times[0] is the prompt handed in
     text = tokenizer.decode(result.sequences[0, ids.shape[1] :], skip_special_tokens=True).strip()
-    cache = result.past_key_values
+    cache = result[generate_cache_name()]
     nbytes, fp16_bytes = cache_bytes(cache)
     tokens = cache.get_seq_length()
     fields = {
@@ -169,7 +170,7 @@ def decode_times(model: PreTrainedModel, cache: Cache, token: torch.Tensor) -> l
     times = []
     for _ in range(TURN_TOKENS):
         start = time.perf_counter()
-        token = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        token = model(input_ids=token, use_cache=True, **{cache_name(type(model)): cache}).logits[:, -1:].argmax(-1)
         token.cpu()  # wait for a GPU
         times.append(time.perf_counter() - start)
     return times
@@ -181,7 +182,7 @@ def recorded_sizes(model: PreTrainedModel):
     sizes: dict[int, list[tuple[int, int]]] = {}
 
     def note(module, args, kwargs, output):
-        cache = kwargs["past_key_values"]
+        cache = kwargs[cache_name(type(model))]
         sizes.setdefault(id(cache), []).append((cache.get_seq_length(), cache_bytes(cache)[0]))
 
     handle = model.register_forward_hook(note, with_kwargs=True)

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from .config import ConfigError
+from .geometry import cache_name
 
 MakeCache = Callable[[PreTrainedModel], Cache]
 
@@ -125,7 +126,8 @@ def _window(model, ids, cache, reference, chunk) -> tuple[float, float, float, i
 
 
 def _log_probabilities(model, ids, cache) -> torch.Tensor:
-    return model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0].float().log_softmax(-1)
+    given = {cache_name(type(model)): cache}
+    return model(input_ids=ids, use_cache=True, **given).logits[0].float().log_softmax(-1)
 
 
 def _standard_error(values: Sequence[float]) -> float:
@@ -177,7 +179,7 @@ def _greedy(model, ids: torch.Tensor, cache: Cache, count: int) -> list[int]:
     """Plain greedy decoding through a cache; no generation config of the model can change it."""
     step, answer = ids, []
     for _ in range(count):
-        logits = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(input_ids=step, use_cache=True, logits_to_keep=1, **{cache_name(type(model)): cache}).logits
         step = logits[:, -1:].argmax(-1)
         answer.append(int(step))
     return answer

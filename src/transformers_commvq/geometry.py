@@ -5,11 +5,12 @@ from __future__ import annotations
 import inspect
 import sys
 from dataclasses import dataclass
+from functools import cache as cache_results
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from .codebook import ModelGeometry
@@ -28,6 +29,26 @@ _REFUSED = {
 # Models whose full-attention layers do not rotate keys: always, or when other layers have a sliding window.
 _BARE = ("afmoe", "cohere2", "cohere2_moe", "flint")
 _BARE_BESIDE_SLIDING = ("exaone4", "exaone4_5_text", "exaone_moe", "kolibri1")
+
+# What a forward calls the cache it is given: transformers 5.24 renamed it, and modeling files outside follow slowly.
+CACHE_NAMES = ("cache", "past_key_values")
+
+
+@cache_results
+def parameter_names(cls: type[nn.Module]) -> tuple[str, ...]:
+    """Names of a module class's forward parameters, self left out."""
+    return tuple(inspect.signature(cls.forward).parameters)[1:]
+
+
+def cache_name(cls: type[nn.Module]) -> str | None:
+    """The name under which a model class's forward takes a cache, None if it takes none."""
+    return next((name for name in CACHE_NAMES if name in parameter_names(cls)), None)
+
+
+def generate_cache_name() -> str:
+    """The name under which ``generate`` keeps the cache in its model_kwargs."""
+    names = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    return next(name for name in CACHE_NAMES if name in names)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from . import attention, hub
 from .cache import CommVQCache
 from .codebook import Codebook
 from .config import METHOD, CacheUseError, CommVQConfig, ConfigError, UnsupportedModelError
-from .geometry import ModelReading, read_model
+from .geometry import CACHE_NAMES, ModelReading, cache_name, generate_cache_name, parameter_names, read_model
 from .recipe import learn_missing
 
 _STATE = "_commvq"  # attribute of an enabled model
@@ -191,6 +191,8 @@ def _config_path(config: Any, wanted: Any) -> list[str]:
 def make_cache(model: PreTrainedModel, kv_cache: Any = None) -> CommVQCache:
     """An empty cache for an enabled model, to be passed as ``past_key_values`` and kept between calls.
 
+    transformers 5.24 and newer call the argument ``cache``, and take the old name too.
+
     kv_cache: other settings than the model's, as for ``enable``; None takes the model's.
 
     Raises:
@@ -226,7 +228,7 @@ class _CachePreparer:
         model = self.model
         spec = getattr(generation_config, "kv_cache", None)
         wanted = (
-            model_kwargs.get("past_key_values") is None
+            all(model_kwargs.get(name) is None for name in CACHE_NAMES)
             and generation_config.use_cache is not False
             and spec is not False
         )
@@ -239,7 +241,7 @@ class _CachePreparer:
         if not wanted:
             args = (generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
             return type(model)._prepare_cache_for_generation(model, *args)
-        cache = model_kwargs["past_key_values"] = make_cache(model, spec)
+        cache = model_kwargs[generate_cache_name()] = make_cache(model, spec)
         if generation_config.is_assistant:
             cache.activate_past_recording()
         return None
@@ -260,7 +262,7 @@ def _supply_cache(model: PreTrainedModel, args: tuple, kwargs: dict):
     Raises ConfigError when attention weights are asked for.
     """
     attention.forget_call()
-    names = attention.parameter_names(type(model))
+    names, name = parameter_names(type(model)), cache_name(type(model))
     given = dict(zip(names, args, strict=False)) | kwargs
     config = model.config.get_text_config(decoder=True)
     asked = given.get("output_attentions")
@@ -271,13 +273,15 @@ def _supply_cache(model: PreTrainedModel, args: tuple, kwargs: dict):
         )
     use_cache = given.get("use_cache")
     use_cache = getattr(config, "use_cache", True) if use_cache is None else use_cache
-    wanted = use_cache and given.get("past_key_values") is None and "past_key_values" in names
+    wanted = use_cache and name is not None and all(given.get(n) is None for n in CACHE_NAMES)
     if wanted and not torch.is_grad_enabled() and not model.training:
-        place = names.index("past_key_values")
+        place = names.index(name)
         if len(args) > place:
             args = (*args[:place], make_cache(model), *args[place + 1 :])
         else:
-            kwargs["past_key_values"] = make_cache(model)
+            for other in CACHE_NAMES:  # a None under the old name would be told to be ignored
+                kwargs.pop(other, None)
+            kwargs[name] = make_cache(model)
     return args, kwargs
 
 
