@@ -11,6 +11,7 @@ from transformers_commvq import CacheUseError, CommVQConfig, attention
 from transformers_commvq.cache import CommVQCache
 from transformers_commvq.geometry import read_model
 from transformers_commvq.layer import Call, current
+from transformers_commvq.ops import BACKENDS, backend
 
 HEADS, KV_HEADS, DIM = 4, 2, 16
 
@@ -85,10 +86,11 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("name", [n for n in ("blockwise", "jit") if n in BACKENDS])
 @pytest.mark.parametrize("form", ["none", "bool", "additive", "too long"])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("new", [1, 5, 70])
-def test_equals_attention_over_the_decoded_cache(case, form, new):
+def test_equals_attention_over_the_decoded_cache(case, form, new, name):
     harness, past = Harness(), 150
 
     def mask(count, total):
@@ -104,9 +106,13 @@ def test_equals_attention_over_the_decoded_cache(case, form, new):
     real = torch.ones(2, past, dtype=torch.bool) if form == "none" else padded(1, past)[:, 0, 0]
     want = expected(*first[1:], None if form == "none" else mask(past, past)[..., :past], **CASES[case])
     torch.testing.assert_close(first[0][real], want[real], atol=2e-5, rtol=1e-4)
-    out, *rest = harness.step(new, mask(new, past + new), seed=20, **CASES[case])
+    with backend(name):
+        out, *rest = harness.step(new, mask(new, past + new), seed=20, **CASES[case])
     want = expected(*rest, None if form == "none" else mask(new, past + new)[..., : past + new], **CASES[case])
-    torch.testing.assert_close(out, want, atol=2e-5, rtol=1e-4)
+    if name == "jit":  # whose tables are int16
+        assert (out - want).norm() < 5e-4 * want.norm()
+    else:
+        torch.testing.assert_close(out, want, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("sinks, window", [(0, 0), (0, 16), (4, 0), (200, 0), (3, 500)])

@@ -33,6 +33,19 @@ def definition(query, past, mask, scaling, softcap=None):
     return out, lse
 
 
+# Largest error of out, relative, and of lse. The jit backend's tables are int16: finer than float16 keys, not float32.
+TOLERANCE = {"reference": 1e-5, "blockwise": 1e-5, "jit": 1e-3, "triton": 2e-3}
+
+
+def assert_agrees(name, got, want):
+    bound = TOLERANCE[name]
+    seen = want[1] > -torch.inf
+    assert torch.equal(got[1] > -torch.inf, seen)
+    assert not got[0][~seen].any()
+    assert (got[1].double() - want[1])[seen].abs().max() < 2 * bound
+    assert (got[0].double() - want[0]).norm() < bound * want[0].norm()
+
+
 CASES = {
     "one": dict(),
     "odd lengths": dict(tokens=1, key_bits=(8, 8), value_bits=(8, 8)),
@@ -60,8 +73,7 @@ def test_backends_agree_with_the_definition(name, case, group, queries, softcap)
         want = definition(query, past, mask, 0.3, softcap)
         with backend(name):
             got = attention(query, past, mask, 0.3, softcap)
-        torch.testing.assert_close(got[1].double(), want[1], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(got[0].double(), want[0], atol=2e-4, rtol=2e-4)
+        assert_agrees(name, got, want)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -92,7 +104,7 @@ def test_additive_mask_is_added(name):
     want = definition(query, past, bias.double(), 0.25)
     with backend(name):
         got = attention(query, past, bias, 0.25)
-    torch.testing.assert_close(got[0].double(), want[0], atol=2e-4, rtol=2e-4)
+    assert_agrees(name, got, want)
 
 
 def test_many_queries_are_split_without_a_seam():

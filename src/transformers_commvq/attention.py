@@ -14,7 +14,7 @@ from .cache import CommVQCache
 from .config import METHOD, CacheUseError
 from .geometry import parameter_names
 from .layer import Call, CommVQLayer, current
-from .ops import attention, attention_exact, merge
+from .ops import attention_exact, merge, merged_attention
 
 
 @torch.compiler.disable
@@ -77,18 +77,16 @@ def _merged(layer: CommVQLayer | None, query, key, value, mask, past, scaling, s
         out, lse = attention_exact(query, key, value, mask, scaling, softcap)
     else:
         coded = layer.coded
-        keys, values = torch.cat([layer.keys, key], 2), torch.cat([layer.values, value], 2)
+        exact = [layer.with_new(key, value)]
         bias = None if mask is None else mask[..., coded:]
         if coded and layer.sink_tokens:
             sink_keys, sink_values, token, held = layer.sinks()
-            keys, values = torch.cat([sink_keys, keys], 2), torch.cat([sink_values, values], 2)
+            exact.insert(0, (sink_keys, sink_values))
             if mask is not None or not layer.sinks_coded:
                 bias = torch.cat(
                     [_sink_bias(mask, token, held, new), _full(bias, batch, new, past + new - coded, query)], 3
                 )
-        out, lse = attention_exact(query, keys, values, bias, scaling, softcap)
-        if coded:
-            out, lse = merge(out, lse, *attention(query, layer.coded_past(), mask, scaling, softcap))
+        out, lse = merged_attention(query, exact, bias, layer.coded_past(), mask, scaling, softcap)
     if s_aux is not None:  # one more logit in the softmax, with nothing behind it
         aux = s_aux.float().view(1, heads, 1).expand_as(lse)
         out, lse = merge(out, lse, torch.zeros_like(out), aux)

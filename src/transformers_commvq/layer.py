@@ -98,6 +98,7 @@ class CommVQLayer(BaseQuantizedLayer):
     def _forget(self) -> None:
         self.coded = 0
         self._pending = False  # tokens were handed to an attention function that has not come back
+        self._joined: tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] | None = None  # see with_new
         # Known without asking the device: whether every row's first real token is known, and past which token no
         # sink lies. Asking would make the host wait at every step.
         self._sinks_known, self._sinks_end = self.sink_tokens == 0, 0
@@ -167,6 +168,15 @@ class CommVQLayer(BaseQuantizedLayer):
         self.append(key_states, value_states, call.mask)
         return everything
 
+    def with_new(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the window and of new tokens behind it; joined once for attention and ``append``."""
+        if not self.keys.shape[2]:
+            return key_states, value_states
+        if self._joined is None or self._joined[0] is not key_states:
+            pairs = ((self.keys, key_states), (self.values, value_states))
+            self._joined = key_states, tuple(torch.cat(pair, 2) for pair in pairs)
+        return self._joined[1]
+
     @_stored
     def append(self, key_states: torch.Tensor, value_states: torch.Tensor, mask: Any) -> None:
         """Store tokens after attention has used them, and encode what leaves the window.
@@ -178,12 +188,11 @@ class CommVQLayer(BaseQuantizedLayer):
         self._find_sinks(mask)
         waiting = self.cumulative_length - self.coded
         flush = max(waiting - self.residual_length, 0) // FLUSH * FLUSH
-        new = key_states, value_states
-        if self.keys.shape[2]:
-            new = tuple(torch.cat(pair, 2) for pair in zip((self.keys, self.values), new, strict=True))
-            if not flush:
-                self.keys, self.values = new
-                return
+        new = self.with_new(key_states, value_states)
+        self._joined = None
+        if self.keys.shape[2] and not flush:
+            self.keys, self.values = new
+            return
         for start in range(0, flush, CHUNK):
             stop = min(start + CHUNK, flush)
             self._encode(*(t[:, :, start:stop] for t in new), room_for=self.coded + flush - start)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -16,6 +18,25 @@ from .rope import angles
 
 # bf16 cos and sin are off by 2^-9; a wrong frequency or scale is off by far more within a few tokens.
 _TOLERANCE = {torch.float32: 2e-3, torch.float16: 4e-3, torch.bfloat16: 1e-2}
+
+
+@dataclass
+class GroupedRotations:
+    """Rotations of a cache's tokens in groups: R(token) = R(group's first) R(offset). numpy arrays.
+
+    cos, sin: float32 1-d (size, padded pairs), of offsets within a group.
+    first_cos, first_sin: float32 (rows, groups, pairs), of each group's first token.
+    broken: bool (groups,), True where positions are not consecutive.
+    whole_cos, whole_sin: float32 1-d (rows, length, padded pairs), of single tokens; empty if no group is broken.
+    """
+
+    cos: Any
+    sin: Any
+    first_cos: Any
+    first_sin: Any
+    broken: Any
+    whole_cos: Any
+    whole_sin: Any
 
 
 class PositionTrack:
@@ -59,8 +80,7 @@ class PositionTrack:
     def nbytes(self) -> int:
         held = [*self._held.values(), *(t for parts in self._waiting.values() for t in parts)]
         if self._grouped is not None:
-            offsets, first, _, whole = self._grouped[1]
-            held += [*offsets, *first, whole]
+            held += vars(self._grouped[1]).values()
         return sum(t.nbytes for t in held) + sum(t.nbytes for pair in self._relative.values() for t in pair)
 
     def extend(self, past: int, positions: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor) -> None:
@@ -157,27 +177,28 @@ class PositionTrack:
         table = tuple(t[:, : stop - start] for t in self._relative[key])
         return table, angles(origin, self._frequencies(device), self.scaling)
 
-    def groups(self, length: int, size: int):
+    def groups(self, length: int, size: int, pad: int) -> GroupedRotations:
         """The rotations of tokens 0..length in groups of ``size``, on the CPU; kept until the length changes.
 
-        Returns float32 (cos, sin) of offsets (size, pairs); (cos, sin) of each group's first token (rows, groups,
-        pairs); a numpy bool (groups,), True where positions are not consecutive; cos and sin of single tokens (rows,
-        length, 2, pairs), empty if all are.
+        pad: rotations of single tokens get zeros for as many further pairs as make their number a multiple.
         """
-        if self._grouped is not None and self._grouped[0] == (length, size):
+        if self._grouped is not None and self._grouped[0] == (length, size, pad):
             return self._grouped[1]
         device = torch.device("cpu")
-        offsets = angles(torch.arange(size), self.inv_freq)
-        starts = range(0, length, size)
         if self.fixed:
-            first = angles(self._get("positions", 0, length, device)[:, ::size], self.inv_freq, self.scaling)
+            first = angles(self._get("positions", 0, length, device)[:, ::size], self._frequencies(device), self.scaling)
         else:
             first = tuple(self._get(name, 0, length, device)[:, ::size].float() for name in ("cos", "sin"))
+        starts = range(0, length, size)
         broken = [not self.fixed or self._broken(a + 1, min(a + size, length)) for a in starts]
-        whole = torch.empty(1, 0, 2, self.inv_freq.shape[0])
-        if any(broken):
-            whole = torch.stack(self.tables(0, length, device), 2)
-        self._grouped = (length, size), (offsets, first, torch.tensor(broken).numpy(), whole)
+        whole = self.tables(0, length, device) if any(broken) else (torch.empty(1, 0, self.inv_freq.shape[0]),) * 2
+        spare = -self.inv_freq.shape[0] % pad
+        flat = [
+            torch.nn.functional.pad(t, (0, spare)).flatten().numpy()
+            for t in (*angles(torch.arange(size), self._frequencies(device)), *whole)
+        ]
+        arrays = flat[:2] + [t.contiguous().numpy() for t in first] + [torch.tensor(broken).numpy()] + flat[2:]
+        self._grouped = (length, size, pad), GroupedRotations(*arrays)
         return self._grouped[1]
 
     def _broken(self, first: int, stop: int) -> bool:

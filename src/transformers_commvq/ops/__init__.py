@@ -9,7 +9,7 @@ Backends of attention over codes, all held to ``reference`` by one grid of tests
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -19,6 +19,7 @@ from ..config import ConfigError
 from . import gpu, jit
 from .attention_cpu import attention_blockwise
 from .attention_exact import attention_exact
+from .attention_jit import attention_jit, merged_jit, supports
 from .attention_reference import attention_reference, decoded_keys_values
 from .codec import KINDS, CodeKind, decode, encode, kind_of
 from .merge import OnlineSoftmax, merge
@@ -26,7 +27,7 @@ from .past import CodedPast
 
 BACKENDS: dict[str, Callable] = {"reference": attention_reference, "blockwise": attention_blockwise}
 if jit.available():
-    BACKENDS["jit"] = jit.attention_jit
+    BACKENDS["jit"] = attention_jit
 if gpu.available():
     BACKENDS["triton"] = gpu.attention_gpu
 _forced: ContextVar[str | None] = ContextVar("transformers_commvq_backend", default=None)
@@ -76,6 +77,28 @@ def attention(
     return BACKENDS[choose_backend(query, past)](query, past, mask, scaling, softcap)
 
 
+def merged_attention(
+    query: torch.Tensor,
+    exact: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    bias: torch.Tensor | None,
+    past: CodedPast,
+    mask: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over a compressed past and over tokens held in full, as one softmax.
+
+    query, past, mask, scaling, softcap: as for ``attention``. exact: one or two parts (keys, values) of tokens held in
+    full; bias over all their tokens in order; both as for ``attention_exact``.
+    Returns (out float32 (batch, heads, queries, head_dim); lse float32 (batch, heads, queries)).
+    """
+    if past.length and choose_backend(query, past) == "jit" and supports(query, past):
+        return merged_jit(query, exact, bias, past, mask, scaling, softcap)
+    keys, values = exact[0] if len(exact) == 1 else (torch.cat(side, 2) for side in zip(*exact, strict=True))
+    out, lse = attention_exact(query, keys, values, bias, scaling, softcap)
+    return merge(out, lse, *attention(query, past, mask, scaling, softcap)) if past.length else (out, lse)
+
+
 __all__ = [
     "BACKENDS",
     "KINDS",
@@ -91,4 +114,5 @@ __all__ = [
     "encode",
     "kind_of",
     "merge",
+    "merged_attention",
 ]
