@@ -98,7 +98,8 @@ def test_constants_are_the_caches():
     assert estimate.SPARE == layer.SPARE
     assert estimate.BLOCK == attention_cpu.BLOCK
     if "jit" in ops.BACKENDS:
-        assert estimate.OFFSETS == importlib.import_module("transformers_commvq.ops.jit_kernels").OFFSETS
+        loops = importlib.import_module("transformers_commvq.ops.jit_attend")
+        assert (estimate.OFFSETS, estimate.WIDTH) == (loops.OFFSETS, loops.WIDTH)
 
 
 @pytest.mark.parametrize("backend", sorted(ops.BACKENDS))

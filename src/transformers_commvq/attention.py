@@ -86,7 +86,7 @@ def _merged(layer: CommVQLayer | None, query, key, value, mask, past, scaling, s
                 bias = torch.cat(
                     [_sink_bias(mask, token, held, new), _full(bias, batch, new, past + new - coded, query)], 3
                 )
-        out, lse = merged_attention(query, exact, bias, layer.coded_past(), mask, scaling, softcap)
+        out, lse = merged_attention(query, exact, bias, layer.coded_past() if coded else None, mask, scaling, softcap)
     if s_aux is not None:  # one more logit in the softmax, with nothing behind it
         aux = s_aux.float().view(1, heads, 1).expand_as(lse)
         out, lse = merge(out, lse, torch.zeros_like(out), aux)

@@ -12,10 +12,11 @@ from transformers.cache_utils import (
     get_layer_types_and_kwargs,
 )
 
-from .codebook import Codebook
+from .codebook import Codebook, LayerBook
 from .config import CommVQConfig
 from .geometry import ModelReading, frequencies
 from .layer import CommVQLayer, storage_bytes
+from .ops import tables_nbytes
 from .positions import PositionTrack
 
 # Rotation frequencies of all others may change while a sequence grows, so tokens' rotations are kept, not recomputed.
@@ -57,7 +58,8 @@ class CommVQCache(QuantizedCache):
         """Where the bytes are.
 
         Returns bytes by part: ``codes``, ``spare`` (capacity not yet used), ``sinks``, ``window``, ``positions``,
-        ``other_layers`` (not compressed), ``total``; apart from these ``codebooks`` (shared by all caches of the
+        ``other_layers`` (not compressed), ``total``; apart from these ``codebooks`` (with the tables that attention has
+        made of them; shared by all caches of the
         model), ``tokens``, ``fp16`` (an fp16 cache of the same tokens), ``ratio`` (total / fp16) and
         ``bits_per_element`` (total, in bits, over all key and value elements).
         """
@@ -82,12 +84,15 @@ class CommVQCache(QuantizedCache):
         return {
             **report,
             "total": total,
-            "codebooks": self.codebook.nbytes,
+            "codebooks": self.codebook.nbytes + sum(map(tables_nbytes, self._books())),
             "tokens": self.get_seq_length(),
             "fp16": fp16,
             "ratio": total / fp16 if fp16 else 0.0,
             "bits_per_element": 8 * total / elements if elements else 0.0,
         }
+
+    def _books(self) -> list[LayerBook]:
+        return [layer.book for layer in self.layers if isinstance(layer, CommVQLayer)]
 
     def reset(self) -> None:
         super().reset()

@@ -19,6 +19,7 @@ FLUSH = 64
 SPARE = 32
 BLOCK = 1024
 OFFSETS = 64
+WIDTH = 8
 
 # Memory as the driver reports it for the whole card, MiB.
 GPUS = {
@@ -133,7 +134,8 @@ def compressed_bytes(
     if coded and backend == "blockwise" and not shape.changing_rope:
         positions += BLOCK * pair
     elif coded and backend == "jit":
-        positions += (OFFSETS + rows * -(-coded // OFFSETS)) * pair
+        groups = -(-coded // OFFSETS)
+        positions += OFFSETS * 2 * 4 * -(-shape.pairs // WIDTH) * WIDTH + rows * groups * pair + groups
     sliding = min(tokens, shape.sliding_window) * shape.sliding_elements
     indices = 24 if coded and sink_tokens else 8  # int64: where a row's sinks start, and once there are codes, end
     return CacheBytes(

@@ -186,7 +186,9 @@ class PositionTrack:
             return self._grouped[1]
         device = torch.device("cpu")
         if self.fixed:
-            first = angles(self._get("positions", 0, length, device)[:, ::size], self._frequencies(device), self.scaling)
+            first = angles(
+                self._get("positions", 0, length, device)[:, ::size], self._frequencies(device), self.scaling
+            )
         else:
             first = tuple(self._get(name, 0, length, device)[:, ::size].float() for name in ("cos", "sin"))
         starts = range(0, length, size)

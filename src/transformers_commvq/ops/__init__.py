@@ -15,11 +15,12 @@ from contextvars import ContextVar
 
 import torch
 
+from ..codebook import LayerBook
 from ..config import ConfigError
 from . import gpu, jit
 from .attention_cpu import attention_blockwise
 from .attention_exact import attention_exact
-from .attention_jit import attention_jit, merged_jit, supports
+from .attention_jit import attention_jit, held_bytes, merged_jit, supports
 from .attention_reference import attention_reference, decoded_keys_values
 from .codec import KINDS, CodeKind, decode, encode, kind_of
 from .merge import OnlineSoftmax, merge
@@ -81,22 +82,28 @@ def merged_attention(
     query: torch.Tensor,
     exact: Sequence[tuple[torch.Tensor, torch.Tensor]],
     bias: torch.Tensor | None,
-    past: CodedPast,
+    past: CodedPast | None,
     mask: torch.Tensor | None,
     scaling: float,
     softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over a compressed past and over tokens held in full, as one softmax.
 
-    query, past, mask, scaling, softcap: as for ``attention``. exact: one or two parts (keys, values) of tokens held in
-    full; bias over all their tokens in order; both as for ``attention_exact``.
+    query, past, mask, scaling, softcap: as for ``attention``; past None where nothing is compressed yet.
+    exact: one or two parts (keys, values) of tokens held in full; bias over all their tokens in order; both as for
+        ``attention_exact``.
     Returns (out float32 (batch, heads, queries, head_dim); lse float32 (batch, heads, queries)).
     """
-    if past.length and choose_backend(query, past) == "jit" and supports(query, past):
+    if past is not None and choose_backend(query, past) == "jit" and supports(query, past):
         return merged_jit(query, exact, bias, past, mask, scaling, softcap)
     keys, values = exact[0] if len(exact) == 1 else (torch.cat(side, 2) for side in zip(*exact, strict=True))
     out, lse = attention_exact(query, keys, values, bias, scaling, softcap)
-    return merge(out, lse, *attention(query, past, mask, scaling, softcap)) if past.length else (out, lse)
+    return (out, lse) if past is None else merge(out, lse, *attention(query, past, mask, scaling, softcap))
+
+
+def tables_nbytes(book: LayerBook) -> int:
+    """Bytes of what backends have made of a layer's codebooks so far; kept as long as the book, for all caches."""
+    return held_bytes(book)
 
 
 __all__ = [
@@ -115,4 +122,5 @@ __all__ = [
     "kind_of",
     "merge",
     "merged_attention",
+    "tables_nbytes",
 ]

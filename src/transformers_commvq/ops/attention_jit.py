@@ -72,16 +72,6 @@ def held_bytes(book: LayerBook) -> int:
     return 0 if known is None else known[1].nbytes
 
 
-def tables_nbytes(book: LayerBook, rope: Rope) -> int:
-    """Bytes that ``layer_tables`` takes, without making them."""
-    keys, values = book.keys, book.values
-    order, _ = _order(rope, keys.head_dim)
-    return (
-        len(order) * (8 + 2 * 16 * sum(keys.layout.bits) // 4 + 4 * keys.heads)
-        + 4 * values.head_dim * (sum(values.layout.bits) + values.heads)
-    )  # fmt: skip
-
-
 def _order(rope: Rope, dim: int) -> tuple[torch.Tensor, int]:
     re, im, rest = rope.split(torch.arange(dim))
     padded = -(-len(re) // (LANES // 2)) * (LANES // 2)
@@ -200,7 +190,14 @@ def merged_jit(
         arrays = [(t.view(torch.int16) if brief else t.float()).numpy() for part in exact for t in part]
         arrays += [t[:, :, :0] for t in arrays[: 4 - len(arrays)]]
         kernels.attend_exact(brief)(
-            asked, *arrays, no_bias if bias is None else _additive(bias), factor, bound, summed, summed_tops, summed_mass
+            asked,
+            *arrays,
+            no_bias if bias is None else _additive(bias),
+            factor,
+            bound,
+            summed,
+            summed_tops,
+            summed_mass,
         )
     work()
     out, lse = torch.empty(batch, heads, count, book.values.head_dim), torch.empty(batch, heads, count)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from functools import cache
 
 import numpy as np
-from numba import njit, uint64
+from numba import njit, types, uint64
 
 from .jit_vectors import (
     WIDTH,
@@ -179,12 +179,20 @@ def attend_exact(brief: bool):
 
     query: float32 (batch, query heads, count, head_dim). keys, values: (batch, heads, tokens, head_dim).
     more_keys, more_values: further tokens, in the same form.
-    bias: float32 (batch or 1, query heads or 1, count or 1, all tokens), empty for none. factor, softcap: as in ``attend``.
+    bias: float32 (batch or 1, query heads or 1, count or 1, all tokens), empty for none.
+    factor, softcap: as in ``attend``.
     sums: float32 (batch, heads, rows, head_dim), written: sums of values under the weights. tops, mass: (batch, heads,
     rows), written, as in ``attend``.
     """
 
-    @njit(**OPTIONS)
+    held = types.Array(types.int16 if brief else types.float32, 4, "A")
+    whole = {n: types.Array(types.float32, n, "C") for n in (3, 4)}
+    number_kind = types.float64
+    signature = types.void(
+        whole[4], held, held, held, held, whole[4], number_kind, number_kind, whole[4], whole[3], whole[3]
+    )
+
+    @njit(signature, **OPTIONS)
     def kernel(query, keys, values, more_keys, more_values, bias, factor, softcap, sums, tops, mass):
         batch, heads, early, dim = keys.shape
         tokens = early + more_keys.shape[2]

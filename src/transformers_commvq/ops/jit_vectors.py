@@ -13,7 +13,6 @@ import math
 
 from llvmlite import ir
 from numba import types
-
 from numba.extending import intrinsic, models, register_model
 
 WIDTH = 8  # float32 numbers of a vector: one AVX register, two of NEON
@@ -269,4 +268,3 @@ __all__ = [
     "WIDTH", "Lanes", "add_shorts", "add_to_memory", "add_weighted", "exp2_minus", "load_shorts", "rotated_products",
     "zero_rows",
 ]  # fmt: skip
-
