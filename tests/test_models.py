@@ -26,7 +26,7 @@ REASONS = {
     "DiffLlama": "attends twice",
     "nanochat": "rotates pairs",
     "Falcon": "AttentionInterface",
-    "GPT-J": "AttentionInterface",
+    "GPT-J": "AttentionInterface|no RoPE",  # transformers 5.24 moved it to AttentionInterface, its rotation inside
     "Jamba": "rotary",
 }
 
