@@ -1,23 +1,15 @@
-"""Decode attention over sign codes against fp16 attention on one NVIDIA GPU, at the shape of Llama 3.1 8B.
+"""Decode attention over sign codes against fp16 attention on one GPU, at the shape of one layer of Llama 3.1 8B.
 
-    python benchmarks/speed_gpu.py                        all lengths, 1 and 2 bits
-    python benchmarks/speed_gpu.py --tokens 4096 --bits 1   a first look
-
-Each length is timed in one process, the two sides taking turns, so that clocks and heat are the same for both; before
-that the kernels are compared with the reference on the same codes, and the error is printed. Codebooks and codes are
-random: speed does not depend on them. Results go to benchmarks/results/speed_gpu_<device>.json.
-
-This script was written on a machine without a GPU. Until its results are committed, no speed is claimed.
+Each length is timed in one process, the sides taking turns, so that clocks and heat are the same for all; before that
+the kernels are compared with the reference on the same codes, and the error is recorded. Codebooks and codes are
+random: speed does not depend on them.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import platform
 import re
 import statistics
-import subprocess
 import time
 from pathlib import Path
 
@@ -31,9 +23,10 @@ from transformers_commvq.packing import CodeLayout
 from transformers_commvq.positions import PositionTrack
 from transformers_commvq.rope import Rope, angles
 
+from .models import UNEVEN
+
 HEADS, KV_HEADS, DIM, THETA = 32, 8, 128, 500000.0  # Llama 3.1 8B, one layer
 CHECKED = 4096  # most tokens the reference decodes: it needs them all in float32
-UNEVEN = (0.5, 0.75, 0.75, 1.0, 1.0, 1.25, 1.25, 1.5)  # bits of the heads over their mean, as allocation deals them
 
 
 def sign_book(bits: float, seed: int, device: str) -> SignBook:
@@ -152,38 +145,18 @@ def encode_speed(bits: float, device: str, tokens: int = 8192) -> dict[str, floa
     return {"bits": bits, "tokens": tokens, "same_bytes": same, **paired(sides, rounds=3)}
 
 
-def device_facts() -> dict[str, str]:
-    import triton
+def run(results: Path, lengths=(1024, 4096, 16384, 32768, 65536, 131072), all_bits=(1.0, 2.0), rounds: int = 7) -> Path:
+    """Check the kernels against the reference, then time them; returns the json file.
 
-    try:
-        driver = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"],
-            capture_output=True, text=True, check=True,
-        ).stdout.strip()  # fmt: skip
-    except (OSError, subprocess.CalledProcessError):
-        driver = "unknown"
-    return {
-        "device": torch.cuda.get_device_name(), "driver_clock_power": driver, "torch": torch.__version__,
-        "triton": triton.__version__, "cuda": str(torch.version.cuda), "python": platform.python_version(),
-    }  # fmt: skip
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1024 * 2**i for i in range(8)])
-    parser.add_argument("--bits", type=float, nargs="+", default=[1.0, 2.0])
-    parser.add_argument("--batch", type=int, nargs="+", default=[1])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("no CUDA device: this benchmark measures one.")
+    Raises SystemExit when the kernels disagree with the reference: then nothing is timed.
+    """
     from transformers_commvq.ops.attention_triton import attention_triton
 
+    from .cli import facts
+
     torch.manual_seed(0)
-    device, report = "cuda", {**device_facts(), "rows": [], "encode": []}
-    print(json.dumps(report, indent=1))
-    for bits in args.bits:
+    device, report = "cuda", {**facts(torch.device("cuda")), "rows": [], "encode": []}
+    for bits in all_bits:
         for queries in (1, 8, 64):
             past = coded_past(bits, CHECKED, 1, device)
             query = torch.randn(1, HEADS, queries, DIM, dtype=torch.float16, device=device)
@@ -194,37 +167,31 @@ def main() -> None:
             report.setdefault("errors", []).append(error)
             if not error["relative"] < 2e-3:
                 raise SystemExit(f"the kernels disagree with the reference: {error}; nothing was timed.")
-    for batch in args.batch:
-        for tokens in args.tokens:
-            query = torch.randn(batch, HEADS, 1, DIM, dtype=torch.float16, device=device)
-            sides = fp16_sides(query, tokens, batch, device)
-            for bits in args.bits:
-                past = coded_past(bits, tokens, batch, device)
+    for tokens in lengths:
+        query = torch.randn(1, HEADS, 1, DIM, dtype=torch.float16, device=device)
+        sides = fp16_sides(query, tokens, 1, device)
+        for bits in all_bits:
+            past = coded_past(bits, tokens, 1, device)
 
-                def ours(past=past, query=query):
-                    return attention_triton(query, past, None, DIM**-0.5)
+            def ours(past=past, query=query):
+                return attention_triton(query, past, None, DIM**-0.5)
 
-                ours()
-                sides[f"commvq {bits:g} bit"] = ours
-                sides[f"commvq {bits:g} bit, CUDA graph"] = graphed(ours)
-            row = {"batch": batch, "tokens": tokens, "times": paired(sides, args.rounds)}
-            report["rows"].append(row)
-            print(f"batch {batch}, {tokens} tokens")
-            for name, numbers in row["times"].items():
-                print(
-                    f"  {name:28s} {numbers['median_us']:9.1f} us ({numbers['least_us']:.1f}-{numbers['most_us']:.1f})"
-                )
-            del sides, query
-            torch.cuda.empty_cache()
-    for bits in args.bits:
+            ours()
+            sides[f"commvq {bits:g} bit"] = ours
+            sides[f"commvq {bits:g} bit, CUDA graph"] = graphed(ours)
+        row = {"batch": 1, "tokens": tokens, "times": paired(sides, rounds)}
+        report["rows"].append(row)
+        print(f"{tokens} tokens")
+        for name, numbers in row["times"].items():
+            print(f"  {name:28s} {numbers['median_us']:9.1f} us ({numbers['least_us']:.1f}-{numbers['most_us']:.1f})")
+        del sides, query
+        torch.cuda.empty_cache()
+    for bits in all_bits:
         report["encode"].append(encode_speed(bits, device))
         print("encode", report["encode"][-1])
-    args.results.mkdir(parents=True, exist_ok=True)
+    results.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"\W+", "_", report["device"]).strip("_").lower()
-    file = args.results / f"speed_gpu_{name}.json"
+    file = results / f"kernels_{name}.json"
     file.write_text(json.dumps(report, indent=1) + "\n")
     print(f"wrote {file}")
-
-
-if __name__ == "__main__":
-    main()
+    return file

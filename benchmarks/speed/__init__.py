@@ -1,0 +1,1 @@
+"""Speed and memory of caches beside each other; ``python -m benchmarks.speed --help``."""
