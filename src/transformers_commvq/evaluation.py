@@ -6,6 +6,7 @@ what the cache kept of the ones before. Any transformers cache can be measured; 
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -150,13 +151,15 @@ def passkey_retrieval(
     depths: Sequence[float] = (0.1, 0.5, 0.9),
     trials: int = 1,
     seed: int = 0,
+    part: tuple[int, int] = (0, 1),
 ) -> dict[int, dict[float, float]]:
     """How often a five-digit number hidden in filler text is repeated (arXiv 2305.16300, section 4.3).
 
     lengths: prompt tokens, about.  depths: where the number is hidden, 0 (start) to 1 (end).
+    part: (i, n) tries only every n-th trial, from the i-th on; shares are of all trials, so the n parts add up.
     Returns length -> depth -> share of trials in which greedy decoding gives all digits.
     """
-    draw, out = random.Random(seed), {}
+    draw, out, number = random.Random(seed), {}, itertools.count()
     filler = len(tokenizer(_FILLER)["input_ids"])
     for length in lengths:
         out[length] = {}
@@ -166,6 +169,8 @@ def passkey_retrieval(
             hits = 0
             for _ in range(trials):
                 key = str(draw.randrange(10000, 100000))
+                if next(number) % part[1] != part[0]:
+                    continue
                 hidden = f"The pass key is {key}. Remember it. {key} is the pass key. "
                 prompt = _FILLER * before + hidden + _FILLER * (count - before) + _ASK
                 ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)

@@ -1,4 +1,4 @@
-"""``eval``: what a codebook costs on text, in the way a cache is used."""
+"""``eval``: what a codebook costs on text, in the way a cache is used; by several processes if so launched."""
 
 from __future__ import annotations
 
@@ -33,29 +33,32 @@ def run(args: argparse.Namespace) -> int:
 
     from .. import enable, make_cache
     from ..config import CommVQConfig, ConfigError
-    from ..evaluation import passkey_retrieval, streaming_quality
+    from ..processes import passkeys, quality, shared
     from ..text import read_file, windows_of
     from .models import load
 
     if not args.text and not args.passkey:
         raise ConfigError("nothing to measure. Fix: give --text FILE, or --passkey LENGTH, or both.")
     texts = {Path(path).name: read_file(path, args.field) for path in args.text}
-    model, tokenizer, base_model = load(args.model, args.dtype, args.device, args.base_model)
-    config = CommVQConfig(
-        bits=args.bits,
-        codebook=args.codebook,
-        base_model=base_model,
-        sink_tokens=args.sink_tokens,
-        residual_length=args.residual_length,
-    )
-    enable(model, config)
-    report = {"bits": args.bits, "texts": {}}
-    for name, text in texts.items():
-        windows = windows_of(tokenizer, [text], args.windows, args.length)
-        report["texts"][name] = streaming_quality(model, make_cache, windows, args.chunk).to_dict()
-    if args.passkey:
-        report["passkey"] = passkey_retrieval(model, tokenizer, make_cache, args.passkey, trials=args.trials)
-    print(json.dumps(report, indent=2) if args.json else _text(report))
+    with shared() as share:
+        device = share.device(args.device)
+        model, tokenizer, base_model = load(args.model, args.dtype, device, args.base_model)
+        config = CommVQConfig(
+            bits=args.bits,
+            codebook=args.codebook,
+            base_model=base_model,
+            sink_tokens=args.sink_tokens,
+            residual_length=args.residual_length,
+        )
+        enable(model, config)
+        report = {"bits": args.bits, "texts": {}}
+        for name, text in texts.items():
+            windows = windows_of(tokenizer, [text], args.windows, args.length)
+            report["texts"][name] = quality(share, model, make_cache, windows, args.chunk).to_dict()
+        if args.passkey:
+            report["passkey"] = passkeys(share, model, tokenizer, make_cache, args.passkey, args.trials)
+    if share.rank == 0:
+        print(json.dumps(report, indent=2) if args.json else _text(report))
     return 0
 
 
