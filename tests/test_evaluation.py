@@ -116,7 +116,7 @@ def test_processes_of_accelerate_launch_report_what_one_process_does(tmp_path):
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0").save_pretrained(tmp_path / "model")
     text = tmp_path / "text.txt"
-    text.write_text(" ".join(f"w{int(i)}" for i in torch.randint(4, 96, (1000,))))
+    text.write_text(" ".join(f"w{int(i)}" for i in torch.randint(4, 96, (2000,))))
     arguments = ["-m", "transformers_commvq", "eval", str(tmp_path / "model"), "--text", str(text), "--json"]
     arguments += ["--windows", "3", "--length", "200", "--chunk", "64", "--passkey", "150", "--trials", "1"]
     # Without a GPU, --multi_gpu is accelerate's way to start several processes on the CPU, by torch.distributed.run.
