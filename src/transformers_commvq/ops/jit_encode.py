@@ -9,7 +9,11 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from .jit_vectors import WIDTH, load_floats, subtract_products
+
 LANES = 16  # tokens encoded side by side
+COLUMNS = LANES // WIDTH  # vectors of LANES numbers
+MOVES = 4 * COLUMNS
 _OPTIONS = {"fastmath": True, "cache": True, "nogil": True, "error_model": "numpy"}
 
 
@@ -49,6 +53,7 @@ def choose_and_pack(begin_task, end_task, correlation, gram, bonus, sweeps, firs
     signs = np.empty((widest, LANES), np.float32)
     target = np.empty((4, LANES), np.float32)
     step = np.empty((4, LANES), np.float32)
+    states, steps, products = state.reshape(state.size), step.reshape(step.size), gram.reshape(gram.size)
     best = np.empty(LANES, np.float32)
     pick = np.empty(LANES, np.int32)
     for task in range(begin_task, end_task):
@@ -94,12 +99,11 @@ def choose_and_pack(begin_task, end_task, correlation, gram, bonus, sweeps, firs
                 if moved == 0:
                     continue
                 changed = True
-                d0, d1, d2, d3 = step[0], step[1], step[2], step[3]
-                r0, r1, r2, r3 = gram[h, a], gram[h, a + 1], gram[h, a + 2], gram[h, a + 3]
+                moves = load_floats(MOVES, steps, 0)
                 for k in range(n):
-                    x = state[k]
-                    for m in range(LANES):
-                        x[m] -= (d0[m] * r0[k] + d1[m] * r1[k]) + (d2[m] * r2[k] + d3[m] * r3[k])
+                    subtract_products(
+                        states, k * LANES, moves, COLUMNS, products, (h * widest + a) * widest + k, widest
+                    )
             if not changed:
                 break
         for lane in range(lanes):
