@@ -170,8 +170,9 @@ def test_missing_gguf_is_explained(monkeypatch, tmp_path):
 
 def test_the_demo_extra_brings_what_reads_the_model():
     """A fresh environment has nothing else: the tests' own is no witness, since it holds every extra."""
-    extras = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    brought = {re.match(r"[\w-]+", requirement)[0] for requirement in extras["demo"]}
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    demo_extra = project["optional-dependencies"]["demo"]
+    brought = {re.match(r"[\w-]+", requirement)[0] for requirement in demo_extra}
     assert brought >= {*demo_model.READERS, *demo.NEEDED}
 
 

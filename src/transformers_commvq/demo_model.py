@@ -70,7 +70,9 @@ def prepare(folder: str | os.PathLike | None = None) -> Path:
         return target
     source = find_gguf()
     if missing := [name for name in READERS if importlib.util.find_spec(name) is None]:
-        raise DemoModelError(f"Reading the demo model needs {' and '.join(missing)}. Fix: pip install {' '.join(missing)}")
+        raise DemoModelError(
+            f"Reading the demo model needs {' and '.join(missing)}. Fix: pip install {' '.join(missing)}"
+        )
     print(f"Converting {source.name} to safetensors, once, in {target}", file=sys.stderr)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = tempfile.mkdtemp(dir=target.parent, prefix=f"{target.name}.")
