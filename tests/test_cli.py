@@ -115,7 +115,8 @@ def test_optimum_cli_runs_a_command_and_returns_its_code(tmp_path):
     assert "usage: optimum-cli commvq inspect" in optimum_cli("commvq", "inspect", "--help").stdout
     done = optimum_cli("commvq", "inspect", str(tmp_path / "nothing"))
     assert done.returncode == 2
-    assert done.stderr.startswith("optimum-cli commvq inspect: error: ")
+    # What other libraries log while they are imported (torchao does) may stand before it.
+    assert done.stderr.splitlines()[-1].startswith("optimum-cli commvq inspect: error: ")
     assert "Traceback" not in done.stderr
 
 

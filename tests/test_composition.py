@@ -8,9 +8,9 @@ import pytest
 import torch
 from generation import greedy, prompt, saved_codebook, tiny_llama
 from lossless import enable_lossless
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, QuantoConfig, TorchAoConfig
 
-from transformers_commvq import CommVQCache, CommVQConfig, ConfigError, disable, enable, make_cache
+from transformers_commvq import CommVQCache, CommVQConfig, ConfigError, demo_model, disable, enable, make_cache
 
 KW = {"return_dict_in_generate": True}
 
@@ -61,26 +61,67 @@ class TestPeft:
             assert isinstance(greedy(model, **KW).past_key_values, CommVQCache)
 
 
+def both(checkpoint, weights):
+    """(with the plain cache, with a compressed one) of a checkpoint loaded with quantized weights."""
+    plain = AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=weights)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=weights, kv_cache="commvq")
+    plain.generation_config.eos_token_id = model.generation_config.eos_token_id = None
+    return plain, model
+
+
+def same_tokens_as(model, plain):
+    """Its own 2-bit codes first, then codes that lose nothing."""
+    assert isinstance(greedy(model, **KW).past_key_values, CommVQCache)
+    enable_lossless(model, residual_length=16)
+    same_as_plain(model, plain)
+
+
 class TestQuantizedWeights:
     def test_torchao(self, checkpoint):
         pytest.importorskip("torchao", reason="torchao is not installed")
         from torchao.quantization import Int8WeightOnlyConfig
 
-        weights = TorchAoConfig(Int8WeightOnlyConfig())
-        plain = AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=weights)
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=weights, kv_cache="commvq")
-        assert isinstance(greedy(model, **KW).past_key_values, CommVQCache)
-        enable_lossless(model, residual_length=16)
-        same_as_plain(model, plain)
+        plain, model = both(checkpoint, TorchAoConfig(Int8WeightOnlyConfig()))
+        assert "Int8" in type(model.model.layers[0].self_attn.k_proj.weight).__name__
+        same_tokens_as(model, plain)
 
-    def test_bitsandbytes(self, checkpoint, tmp_path):
+    def test_quanto(self, checkpoint):
+        pytest.importorskip("optimum.quanto", reason="optimum-quanto is not installed")
+        plain, model = both(checkpoint, QuantoConfig(weights="int8"))
+        assert type(model.model.layers[0].self_attn.k_proj).__name__ == "QLinear"
+        same_tokens_as(model, plain)
+
+    @pytest.mark.parametrize("bits", [{"load_in_8bit": True}, {"load_in_4bit": True}], ids=["8 bits", "4 bits"])
+    def test_bitsandbytes(self, checkpoint, bits):
         pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-        weights = BitsAndBytesConfig(load_in_4bit=True)
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=weights, kv_cache="commvq")
-        assert isinstance(greedy(model, **KW).past_key_values, CommVQCache)
+        plain, model = both(checkpoint, BitsAndBytesConfig(**bits))
+        assert type(model.model.layers[0].self_attn.k_proj).__module__.startswith("bitsandbytes")
+        same_tokens_as(model, plain)
+
+    def test_a_saved_quantized_checkpoint_has_no_slot(self, checkpoint, tmp_path):
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+        _, model = both(checkpoint, BitsAndBytesConfig(load_in_4bit=True))
         model.save_pretrained(tmp_path / "4bit")
         with pytest.raises(ConfigError, match="bitsandbytes.*kv_cache="):
             AutoModelForCausalLM.from_pretrained(tmp_path / "4bit", quantization_config=CommVQConfig())
+
+    @pytest.mark.slow
+    def test_gguf(self):
+        """A real GGUF file in one call: its weights stay packed, the cache takes the codebooks that ship."""
+        try:
+            file = demo_model.find_gguf()
+        except demo_model.DemoModelError as error:
+            pytest.skip(str(error))
+        kv_cache = {"base_model": demo_model.BASE_MODEL, "residual_length": 16}
+        where = {"gguf_file": file.name, "dtype": torch.float32}
+        model = AutoModelForCausalLM.from_pretrained(file.parent, **where, kv_cache=kv_cache)
+        assert model.config.quantization_config.quant_method == "gguf"
+        inputs = prompt(1, 90, 0)
+        out = greedy(model, inputs, 4, **KW)
+        assert isinstance(out.past_key_values, CommVQCache) and out.past_key_values.layers[0].coded == 64
+        want = greedy(model, inputs, 4, kv_cache=False)
+        enable_lossless(model, residual_length=16)
+        assert torch.equal(greedy(model, inputs, 4), want)
 
 
 @pytest.mark.parametrize("place", ["disk", "cpu"])
