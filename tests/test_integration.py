@@ -38,6 +38,7 @@ from transformers_commvq import (
     make_cache,
 )
 from transformers_commvq.geometry import cache_name, generate_cache_name
+from transformers_commvq.loading import kv_cache_by_default
 
 
 @pytest.fixture
@@ -114,6 +115,29 @@ class TestFromPretrained:
         pipe.model.register_forward_pre_hook(lambda m, a, k: seen.append(k[name]), with_kwargs=True)
         assert pipe("w5 w6 w7", max_new_tokens=3, return_full_text=True)[0]["generated_text"].startswith("w5")
         assert seen and all(isinstance(c, CommVQCache) for c in seen)
+
+
+class TestByDefault:
+    """For programs that call from_pretrained themselves."""
+
+    def test_holds_inside_the_block(self, checkpoint):
+        with kv_cache_by_default({"bits": 1}):
+            assert cache_of(AutoModelForCausalLM.from_pretrained(checkpoint)).codebook.bits == 1.0
+        assert type(cache_of(AutoModelForCausalLM.from_pretrained(checkpoint))) is DynamicCache
+
+    def test_what_is_said_goes_first(self, checkpoint, tmp_path):
+        spec = {"codebook": checkpoint + "/commvq/2bit", "sink_tokens": 2}
+        AutoModelForCausalLM.from_pretrained(checkpoint, kv_cache=spec).save_pretrained(tmp_path / "copy")
+        with kv_cache_by_default({"bits": 1}):
+            assert type(cache_of(AutoModelForCausalLM.from_pretrained(checkpoint, kv_cache=False))) is DynamicCache
+            saved = cache_of(AutoModelForCausalLM.from_pretrained(tmp_path / "copy"))
+        assert saved.codebook.bits == 2.0 and saved.layers[0].sink_tokens == 2
+
+    def test_a_model_that_cannot_be_compressed_is_an_error(self, tmp_path):
+        from_config(GPT2Config(vocab_size=96, n_embd=64, n_layer=2, n_head=4)).save_pretrained(tmp_path)
+        with kv_cache_by_default(), pytest.raises(UnsupportedModelError, match="rotary"):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert type(cache_of(AutoModelForCausalLM.from_pretrained(tmp_path))) is DynamicCache
 
 
 class TestQuantizationConfig:

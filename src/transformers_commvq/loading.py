@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -24,6 +26,24 @@ from .config import METHOD, CommVQConfig, CommVQError, ConfigError
 from .integration import disable, enable, is_enabled
 
 _lock = threading.Lock()
+_default: CommVQConfig | None = None  # see kv_cache_by_default
+
+
+@contextmanager
+def kv_cache_by_default(kv_cache: Any = METHOD) -> Iterator[None]:
+    """Inside the block, models load with this compressed cache where nothing else is said.
+
+    For programs that call ``from_pretrained`` themselves and take no ``kv_cache=``, such as ``transformers serve``. It
+    holds for all threads. A ``kv_cache=`` argument, False included, and settings saved with a checkpoint go first.
+
+    kv_cache: as for ``enable``.
+    """
+    global _default
+    before, _default = _default, CommVQConfig.from_spec(kv_cache)
+    try:
+        yield
+    finally:
+        _default = before
 
 
 def _wrap_from_pretrained() -> None:
@@ -45,8 +65,11 @@ def _wrap_from_pretrained() -> None:
             disable(model)
         elif kv_cache is not None:
             enable(model, kv_cache)
-        elif not is_enabled(model) and (saved := _saved_settings(model)):
-            _enable_as_saved(model, saved)
+        elif not is_enabled(model):
+            if saved := _saved_settings(model):
+                _enable_as_saved(model, saved)
+            elif _default is not None:
+                enable(model, _default)
         return result
 
     from_pretrained._commvq_original = original

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from .. import __version__
 from ..config import CommVQError
 
-COMMANDS = ("learn", "eval", "inspect", "estimate", "push", "demo", "import_paper", "cards")
+COMMANDS = ("learn", "eval", "inspect", "estimate", "serve", "push", "demo", "import_paper", "cards")
 PROGRAM = "transformers-commvq"
 
 
