@@ -159,7 +159,9 @@ def merged_jit(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ops.merged_attention; at most two parts, none leaves the exact tokens out. ``supports`` must hold."""
     batch, heads, count, _ = query.shape
-    rows = heads // past.heads * count
+    asked_rows = heads // past.heads * count
+    # Kernels are compiled for a number of rows: a step of decoding gets its own, more queries share two sizes.
+    rows = asked_rows if count == 1 else next(r for r in (MAX_ROWS // 2, MAX_ROWS) if r >= asked_rows)
     kernels, book, tables = _kernels(), past.book, layer_tables(past.book, past.rope)
     turns = past.positions.groups(past.length, kernels.OFFSETS, kernels.WIDTH)
     key_codes, key_row = jit.storage(past.keys)
@@ -183,8 +185,8 @@ def merged_jit(
         no_bias if mask is None else _additive(mask), bound, _signs(), sums, tops, mass,
     )  # fmt: skip
     own = batch if exact else 0
-    summed = np.empty((own, past.heads, rows, book.values.head_dim), np.float32)
-    summed_tops, summed_mass = np.empty((2, own, past.heads, rows), np.float32)
+    summed = np.empty((own, past.heads, asked_rows, book.values.head_dim), np.float32)
+    summed_tops, summed_mass = np.empty((2, own, past.heads, asked_rows), np.float32)
     if exact:
         brief = exact[0][0].dtype == torch.bfloat16
         arrays = [(t.view(torch.int16) if brief else t.float()).numpy() for part in exact for t in part]

@@ -35,7 +35,7 @@ MINUS_INFINITY = np.float32(-np.inf)
 
 @cache
 def attend(pairs: int, padded_pairs: int, dim: int, rows: int):
-    """The kernel for ``rows`` queries a KV head and ``dim`` padded elements of a key, of which 2 * padded_pairs turn.
+    """The kernel for at most ``rows`` queries a KV head and ``dim`` padded elements of a key; 2 * padded_pairs turn.
 
     Sizes are compiled in: keys and sums then stay in registers. There are splits * batch * heads tasks.
 
@@ -66,6 +66,7 @@ def attend(pairs: int, padded_pairs: int, dim: int, rows: int):
     ):  # fmt: skip
         batch, heads, count = query.shape[0], scale.shape[0], query.shape[2]
         per_head = query.shape[1] // heads
+        asked = per_head * count
         groups = (tokens + OFFSETS - 1) // OFFSETS
         share = (groups + splits - 1) // splits * OFFSETS
         given, turned = np.empty(rows * dim, np.float32), np.empty(rows * dim, np.float32)
@@ -78,7 +79,7 @@ def attend(pairs: int, padded_pairs: int, dim: int, rows: int):
             for r in range(rows):
                 for i in range(dim):
                     q = np.float32(0)
-                    if order[i] >= 0:
+                    if order[i] >= 0 and r < asked:
                         q = query[b, h * per_head + r // count, r % count, order[i]] * scale[h, i] * np.float32(factor)
                     given[r * dim + i] = turned[r * dim + i] = q
             table, key_octets, value_octets = uint64(key_first[h] // 4), key_bits[h] // 8, value_bits[h] // 8
@@ -127,7 +128,7 @@ def attend(pairs: int, padded_pairs: int, dim: int, rows: int):
                         for i in range(r * TILE, r * TILE + size):
                             scores[i] = bound * np.tanh(scores[i] / bound)
                 if bias.shape[3] > 0:
-                    for r in range(rows):
+                    for r in range(asked):
                         row = bias[
                             min(b, bias.shape[0] - 1),
                             min(h * per_head + r // count, bias.shape[1] - 1),
@@ -267,11 +268,11 @@ def finish(sums, tops, mass, value_first, value_bits, vectors, mean, exact, exac
     out: float32 (batch, query heads, count, dim). lse: float32 (batch, query heads, count), natural. Both written.
     """
     splits, batch, heads, rows = tops.shape
-    dim, per_head = vectors.shape[1], rows // count
+    dim, per_head = vectors.shape[1], out.shape[1] // heads
     shares = np.empty(splits, np.float32)
     for b in range(batch):
         for h in range(heads):
-            for r in range(rows):
+            for r in range(per_head * count):
                 top = MINUS_INFINITY if exact.size == 0 else exact_tops[b, h, r]
                 for s in range(splits):
                     top = max(top, tops[s, b, h, r])
