@@ -78,7 +78,7 @@ def test_sinks_are_each_rows_first_real_tokens(model, pads, chunk):
     feed(model, plain, ids, mask, chunk)  # nothing is coded here, so its window holds the true keys
     layer, true = cache.layers[0], plain.layers[0]
     assert layer.sink_start.tolist() == [0, pads]
-    keys, values, token, held = layer.sinks()
+    keys, values, (token, held) = layer.sink_keys, layer.sink_values, layer.sink_slots()
     for row, start in enumerate((0, pads)):
         for slot in range(SINKS):
             assert token[row, slot] == start + slot

@@ -124,7 +124,7 @@ class Machine:
             self.check_sinks(layer, i)
 
     def check_sinks(self, layer, i):
-        keys, values, _, held = layer.sinks()
+        keys, values, (_, held) = layer.sink_keys, layer.sink_values, layer.sink_slots()
         hidden = layer.coded_past().hidden
         assert (hidden is None) == (layer.sink_tokens == 0)
         for row in range(self.plain.rows):

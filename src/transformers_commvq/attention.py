@@ -80,9 +80,9 @@ def _merged(layer: CommVQLayer | None, query, key, value, mask, past, scaling, s
         exact = [layer.with_new(key, value)]
         bias = None if mask is None else mask[..., coded:]
         if coded and layer.sink_tokens:
-            sink_keys, sink_values, token, held = layer.sinks()
-            exact.insert(0, (sink_keys, sink_values))
+            exact.insert(0, (layer.sink_keys, layer.sink_values))
             if mask is not None or not layer.sinks_coded:
+                token, held = layer.sink_slots()
                 bias = torch.cat(
                     [_sink_bias(mask, token, held, new), _full(bias, batch, new, past + new - coded, query)], 3
                 )

@@ -246,14 +246,14 @@ class CommVQLayer(BaseQuantizedLayer):
         """Whether every sink slot of every row stands in for a code (known without asking the device)."""
         return self._sinks_known and self.coded >= self._sinks_end
 
-    def sinks(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Sinks that stand in for codes.
+    def sink_slots(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is in the slots of sink_keys and sink_values, (batch, heads, sink_tokens, head_dim).
 
-        Returns keys, values (batch, heads, sink_tokens, head_dim); their token index, and whether that token is coded
-        (else it is still in the window, or unknown), both (batch, sink_tokens).
+        Returns each slot's token, and whether that token is coded, so that the slot stands in for its code (else it is
+        still in the window, or unknown); both (batch, sink_tokens).
         """
         token = self.sink_start[:, None] + torch.arange(self.sink_tokens, device=self.device)
-        return self.sink_keys, self.sink_values, token, (self.sink_start[:, None] >= 0) & (token < self.coded)
+        return token, (self.sink_start[:, None] >= 0) & (token < self.coded)
 
     def coded_past(self) -> CodedPast:
         """The codes in use, as attention takes them."""
@@ -267,12 +267,12 @@ class CommVQLayer(BaseQuantizedLayer):
     def exact_keys_values(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys after RoPE and values of every token, codes decoded, in the model's dtype."""
         decoded = decoded_keys_values(self.coded_past()) if self.coded else (self.keys[:, :, :0], self.values[:, :, :0])
-        slots_keys, slots_values, token, held = self.sinks()
-        out = []
-        for old, slots, window in zip(decoded, (slots_keys, slots_values), (self.keys, self.values), strict=True):
+        slots, out = (self.sink_keys, self.sink_values), []
+        token, held = self.sink_slots()
+        for old, kept, window in zip(decoded, slots, (self.keys, self.values), strict=True):
             old = old.to(self.dtype)
             rows, slot = held.nonzero(as_tuple=True)
-            old[rows, :, token[rows, slot]] = slots[rows, :, slot]
+            old[rows, :, token[rows, slot]] = kept[rows, :, slot]
             out.append(torch.cat([old, window], 2))
         return out[0], out[1]
 
