@@ -14,7 +14,8 @@ from test_layering import LAYERS
 
 from transformers_commvq import cli, demo_model
 
-WITH_PYTHON = [p for p in PAGES if any(b.excuse is None for b in markdown.blocks(p, "python"))]
+PYTHON_PAGES = [p for p in PAGES if p.name != "README.md"]  # tests/test_readme.py runs the README's
+WITH_PYTHON = [p for p in PYTHON_PAGES if any(b.excuse is None for b in markdown.blocks(p, "python"))]
 COMMANDS = [(page, line) for page in PAGES for line in markdown.shell_lines(page)]
 
 
@@ -57,6 +58,10 @@ def test_commands_parse(page, line, capsys):
         if args in (["--version"], ["--help"]):
             return
         assert callable(cli.build_parser().parse_args(args).run)
+    elif words[0] == "transformers":  # transformers' own command
+        assert words[1] in ("chat", "serve")
+    elif words[0] == "python" and words[1] == "-c":
+        compile(words[2], markdown.name(page), "exec")
     elif words[0] == "make":
         targets = [word for word in words[1:] if "=" not in word]
         makefile = (ROOT / "Makefile").read_text()
