@@ -100,7 +100,7 @@ def attend(
 def encode():
     types = {
         "target_ptr": "*fp32", "signs_ptr": "*i8", "gram_high_ptr": "*fp16", "gram_low_ptr": "*fp16",
-        "gram_ptr": "*fp32", "scale_ptr": "*fp32", "bits_ptr": "*i32", "first_ptr": "*i32", "codes_ptr": "*u8",
+        "inner_ptr": "*fp32", "scale_ptr": "*fp32", "bits_ptr": "*i32", "first_ptr": "*i32", "codes_ptr": "*u8",
     }  # fmt: skip
     yield Kernel("encode: improve_signs", improve_signs, types, dict(TOKENS=64, DEPTH=64), 8, spills=40)
     yield Kernel("encode: pack_signs", pack_signs, types, dict(TOKENS=64, BYTES=8))

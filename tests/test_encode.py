@@ -1,11 +1,12 @@
 import itertools
+from unittest import mock
 
 import pytest
 import torch
 from books import sign_book
 
 from transformers_commvq import CodebookFormatError
-from transformers_commvq.ops import decode, encode, jit, kind_of
+from transformers_commvq.ops import decode, encode, gpu, jit, kind_of
 from transformers_commvq.ops.encode import choose_signs
 
 
@@ -124,3 +125,10 @@ def test_compiled_and_plain_encoders_agree(metric, monkeypatch):
     plain = encode(x, book)
     assert (compiled == plain).float().mean() > 0.995
     torch.testing.assert_close(error(x, compiled, book).mean(), error(x, plain, book).mean(), rtol=1e-4, atol=0)
+
+
+def test_tensors_on_a_gpu_go_to_the_gpu_encoder(monkeypatch):
+    """No GPU is needed to see which way they take; tests/triton_interpreted.py shows what happens there."""
+    book, x = sign_book((8,), 8), mock.Mock(device=torch.device("cuda"))
+    monkeypatch.setattr(gpu, "encode_gpu", lambda *args: args)
+    assert encode(x, book) == (x, book)

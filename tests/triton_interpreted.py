@@ -6,7 +6,9 @@ import pytest
 import torch
 from books import coded_past, sign_book, track
 
+from transformers_commvq.ops import attention_triton as attention_module
 from transformers_commvq.ops import decode, triton_signs
+from transformers_commvq.ops import encode_triton as encode_module
 from transformers_commvq.ops.attention_reference import attention_reference
 from transformers_commvq.ops.attention_triton import attention_triton, split_plan, supports
 from transformers_commvq.ops.encode import encode_signs
@@ -209,7 +211,9 @@ def test_what_the_kernels_cannot_do_is_known():
 
 
 @pytest.mark.parametrize(
-    "bits, metric, batch, tokens", [((24, 40), True, 1, 70), ((8, 72), False, 3, 7)], ids=["metric", "plain"]
+    "bits, metric, batch, tokens",
+    [((24, 40), True, 1, 70), ((8, 72), False, 3, 7)],
+    ids=["metric", "plain"],
 )
 def test_encoder_gives_the_codes_of_the_reference(bits, metric, batch, tokens):
     book = sign_book(bits, 16, metric=metric)
@@ -220,17 +224,46 @@ def test_encoder_gives_the_codes_of_the_reference(bits, metric, batch, tokens):
     assert abs(errors[0] - errors[1]) <= 1e-3 * errors[0]
 
 
-def test_self_check_passes_and_notices_a_wrong_kernel(monkeypatch):
-    """The check that a GPU's first use goes through, here on the interpreter's device."""
-    from transformers_commvq.ops import attention_triton, gpu
+@pytest.fixture
+def fresh_checks():
+    from transformers_commvq.ops import gpu
 
-    gpu.self_check.cache_clear()
-    assert gpu.self_check(torch.device("cpu")) is None
-    right = attention_triton.attention_triton
-    monkeypatch.setattr(attention_triton, "attention_triton", lambda *a: (right(*a)[0] * 1.01, None))
-    gpu.self_check.cache_clear()
-    assert "off by" in gpu.self_check(torch.device("cpu"))
-    monkeypatch.setattr(attention_triton, "attention_triton", lambda *a: 1 / 0)
-    gpu.self_check.cache_clear()
-    assert "do not run" in gpu.self_check(torch.device("cpu"))
-    gpu.self_check.cache_clear()
+    checks = (gpu.self_check, gpu.encoder_check, gpu.warn_once)
+    for function in checks:
+        function.cache_clear()
+    yield gpu
+    for function in checks:
+        function.cache_clear()
+
+
+CHECKS = {
+    "self_check": ("attention_triton", lambda right: lambda *a: (right(*a)[0] * 1.01, None)),
+    "encoder_check": ("encode_signs_triton", lambda right: lambda *a: encode_signs(*a) ^ 1),
+}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_self_checks_pass_and_notice_a_wrong_kernel(name, fresh_checks, monkeypatch):
+    """What a GPU's first use goes through, here on the interpreter's device."""
+    check, (kernel, spoil) = getattr(fresh_checks, name), CHECKS[name]
+    module = attention_module if name == "self_check" else encode_module
+    assert check(torch.device("cpu")) is None
+    monkeypatch.setattr(module, kernel, spoil(getattr(module, kernel)))
+    check.cache_clear()
+    assert "off by" in check(torch.device("cpu"))
+    monkeypatch.setattr(module, kernel, lambda *a: 1 / 0)
+    check.cache_clear()
+    assert "do not run" in check(torch.device("cpu"))
+
+
+def test_encoding_on_a_gpu_takes_the_kernels_or_says_why_not(fresh_checks, monkeypatch):
+    book = sign_book((24, 40), 16)
+    x = torch.randn(1, 2, 9, 16)
+    coded = []
+    monkeypatch.setattr(encode_module, "encode_signs_triton", lambda *a: coded.append(a) or "codes of the kernels")
+    monkeypatch.setattr(fresh_checks, "encoder_check", lambda device: None)
+    assert fresh_checks.encode_gpu(x, book) == "codes of the kernels" and coded == [(x, book)]
+    monkeypatch.setattr(fresh_checks, "encoder_check", lambda device: "it is broken")
+    with pytest.warns(UserWarning, match="encoding runs in plain torch.*it is broken"):
+        plain = fresh_checks.encode_gpu(x, book)
+    assert torch.equal(plain, encode_signs(x, book)) and len(coded) == 1

@@ -203,6 +203,18 @@ class PositionTrack:
         self._grouped = (length, size, pad), GroupedRotations(*arrays)
         return self._grouped[1]
 
+    def recorded(self, length: int) -> torch.Tensor:
+        """The tensor in which tokens 0..length, or more, are recorded: positions, or cos where frequencies change.
+
+        The same object until tokens are joined to it or changed, so that what is made of it can be kept as long.
+        ``positions`` would join the tokens that wait at every step, which only their coding needs.
+        """
+        name = "positions" if self.fixed else "cos"
+        held = self._held.get(name)
+        if held is None or held.shape[1] < length:
+            self._join()
+        return self._held[name]
+
     def _broken(self, first: int, stop: int) -> bool:
         return bisect_left(self._breaks, stop) > bisect_right(self._breaks, first - 1)
 

@@ -41,7 +41,7 @@ def choose_backend(query: torch.Tensor, past: CodedPast) -> str:
     if query.device.type == "cuda":
         if (reason := gpu.obstacle(query, past)) is None:
             return "triton"
-        gpu.warn_once(reason)
+        gpu.warn_once("attention over codes", reason)
         return "blockwise"
     return "jit" if query.device.type == "cpu" and jit.available() else "blockwise"
 
@@ -103,7 +103,7 @@ def merged_attention(
 
 def tables_nbytes(book: LayerBook) -> int:
     """Bytes of what backends have made of a layer's codebooks so far; kept as long as the book, for all caches."""
-    return held_bytes(book)
+    return held_bytes(book) + gpu.held_bytes(book)
 
 
 __all__ = [

@@ -16,6 +16,7 @@ import torch
 
 from ..config import CodebookFormatError
 from ..packing import unpack
+from . import gpu
 from .encode import encode_signs
 
 
@@ -33,6 +34,10 @@ class CodeKind:
     project: Callable[[torch.Tensor, torch.Tensor | float, Any], torch.Tensor]
 
 
+def _sign_codes(x, book):
+    return gpu.encode_gpu(x, book) if x.device.type == "cuda" else encode_signs(x, book)
+
+
 def _sign_features(codes, book):
     return unpack(codes, book.layout, torch.float32)
 
@@ -41,7 +46,7 @@ def _sign_project(features, mass, book):
     return features @ book.padded() + mass * book.mean[:, None]
 
 
-KINDS: dict[str, CodeKind] = {"sign": CodeKind(encode_signs, _sign_features, _sign_project)}
+KINDS: dict[str, CodeKind] = {"sign": CodeKind(_sign_codes, _sign_features, _sign_project)}
 
 
 def kind_of(book: Any) -> CodeKind:

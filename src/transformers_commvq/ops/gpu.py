@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -15,21 +16,30 @@ from ..codebook import LayerBook, SignBook
 from ..packing import CodeLayout
 from ..positions import PositionTrack
 from ..rope import Rope, angles
+from .encode import encode_signs
 from .past import CodedPast
+
+NOT_INSTALLED = "triton is not installed. Fix: pip install 'transformers-commvq[triton]'"
+
+
+@cache
+def installed() -> bool:
+    """Whether there is a triton to import."""
+    return importlib.util.find_spec("triton") is not None
 
 
 @cache
 def available() -> bool:
     """Whether triton is installed and torch sees a GPU (CUDA or ROCm)."""
-    return importlib.util.find_spec("triton") is not None and torch.cuda.is_available()
+    return installed() and torch.cuda.is_available()
 
 
 def obstacle(query: torch.Tensor, past: CodedPast) -> str | None:
-    """Why the kernels cannot do this, or None."""
+    """Why the attention kernels cannot do this, or None."""
     if query.device.type != "cuda":
         return f"the tensors are on {query.device.type}"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed. Fix: pip install 'transformers-commvq[triton]'"
+    if not installed():
+        return NOT_INSTALLED
     from .attention_triton import supports
 
     if not supports(query, past):
@@ -39,41 +49,101 @@ def obstacle(query: torch.Tensor, past: CodedPast) -> str | None:
 
 @cache
 def self_check(device: torch.device) -> str | None:
-    """Once a process, the kernels against plain torch on a small random past; what is wrong, or None.
+    """Once a process, the attention kernels against plain torch on a small random past; what is wrong, or None.
 
     A kernel that compiles wrongly for some GPU must not answer silently with wrong attention.
     """
     from .attention_cpu import attention_blockwise
     from .attention_triton import attention_triton
 
-    generator = torch.Generator().manual_seed(0)
     tokens, dim, pairs = 200, 64, 32
-    positions = torch.arange(tokens)[None]
-    track = PositionTrack(10000.0 ** (-torch.arange(pairs) / pairs), 1.0)
-    track.extend(0, positions, *angles(positions, track.inv_freq))
-    books, codes = [], []
-    for bits in ((40, 64), (64, 24)):
-        rows = torch.randn(sum(bits), dim, generator=generator) / sum(bits) ** 0.5
-        books.append(SignBook(CodeLayout(bits), rows.half(), torch.randn(2, dim, generator=generator)))
-        codes.append(torch.randint(256, (1, tokens, sum(bits) // 8), generator=generator).to(torch.uint8))
-    past = CodedPast(codes[0], codes[1], LayerBook(*books), Rope("half", dim), track)
-    query = torch.randn(1, 4, 1, dim, generator=generator).half()
-    want, _ = attention_blockwise(query, past, None, 0.125)
-    past.keys, past.values, past.book = past.keys.to(device), past.values.to(device), past.book.to(device)
-    try:
+    with torch.device("cpu"):
+        generator = torch.Generator().manual_seed(0)
+        positions = torch.arange(tokens)[None]
+        track = PositionTrack(10000.0 ** (-torch.arange(pairs) / pairs), 1.0)
+        track.extend(0, positions, *angles(positions, track.inv_freq))
+        book = LayerBook(*(_random_book(bits, dim, generator) for bits in ((40, 64), (64, 24))))
+        codes = (
+            torch.randint(256, (1, tokens, side.token_bytes), generator=generator).to(torch.uint8)
+            for side in (book.keys, book.values)
+        )
+        past = CodedPast(*codes, book, Rope("half", dim), track)
+        query = torch.randn(1, 4, 1, dim, generator=generator).half()
+        want, _ = attention_blockwise(query, past, None, 0.125)
+
+    def error() -> float:
+        past.keys, past.values, past.book = past.keys.to(device), past.values.to(device), past.book.to(device)
         got, _ = attention_triton(query.to(device), past, None, 0.125)
-        error = ((got.cpu() - want).norm() / want.norm()).item()
-    except Exception as problem:  # whatever a compiler or driver may raise: the plain path still works
-        return f"the kernels do not run on {device}: {type(problem).__name__}: {problem}"
-    return None if error < 5e-3 else f"the kernels' result on {device} is off by {error:.1e}; please report this GPU"
+        return ((got.cpu() - want).norm() / want.norm()).item()
+
+    return _complaint(error, 5e-3, device)
 
 
 @cache
-def warn_once(reason: str) -> None:
-    """Say once that the plain path is taken, and why."""
-    warnings.warn(
-        f"attention over codes runs in plain torch, many times slower than in kernels: {reason}", stacklevel=4
-    )
+def encoder_check(device: torch.device) -> str | None:
+    """Once a process, the encoder's kernels against the plain encoder on the same device; what is wrong, or None.
+
+    Compared by the error that the codes leave: choices that tie to rounding may fall either way.
+    """
+    from .codec import decode  # which imports this module
+    from .encode_triton import encode_signs_triton
+
+    bits, dim = (8, 72), 64  # one length below and one above what the kernel multiplies at a time
+    with torch.device("cpu"):
+        generator = torch.Generator().manual_seed(0)
+        root = torch.randn(len(bits), dim, dim, generator=generator) / dim**0.5
+        book = _random_book(bits, dim, generator, root @ root.transpose(1, 2) + torch.eye(dim)).to(device)
+        x = torch.randn(2, len(bits), 25, dim, generator=generator).to(device)
+
+    def error() -> float:
+        left = [x - decode(encoder(x, book), book) for encoder in (encode_signs_triton, encode_signs)]
+        got, want = (((e @ book.metric.float()) * e).sum() for e in left)
+        return (got / want - 1).abs().item()
+
+    return _complaint(error, 1e-2, device)
+
+
+def _random_book(
+    bits: tuple[int, ...], dim: int, generator: torch.Generator, metric: torch.Tensor | None = None
+) -> SignBook:
+    rows = torch.randn(sum(bits), dim, generator=generator) / sum(bits) ** 0.5
+    mean = torch.randn(len(bits), dim, generator=generator)
+    return SignBook(CodeLayout(bits), rows.half(), mean, None if metric is None else metric.half())
+
+
+def _complaint(error: Callable[[], float], bound: float, device: torch.device) -> str | None:
+    """What is wrong with kernels whose relative error must be under a bound, or None."""
+    try:
+        off = error()
+    except Exception as problem:  # whatever a compiler or driver may raise: the plain path still works
+        return f"the kernels do not run on {device}: {type(problem).__name__}: {problem}"
+    return None if off < bound else f"the kernels' result on {device} is off by {off:.1e}; please report this GPU"
+
+
+@cache
+def warn_once(what: str, reason: str) -> None:
+    """Say once that the plain path is taken, for what, and why."""
+    warnings.warn(f"{what} runs in plain torch, many times slower than in kernels: {reason}", stacklevel=4)
+
+
+def encode_gpu(x: torch.Tensor, book: SignBook) -> torch.Tensor:
+    """See ops.encode.encode_signs; x on a GPU. In plain torch, with one warning, where the kernels cannot run."""
+    reason = encoder_check(x.device) if installed() else NOT_INSTALLED
+    if reason is not None:
+        warn_once("encoding", reason)
+        return encode_signs(x, book)
+    from .encode_triton import encode_signs_triton
+
+    return encode_signs_triton(x, book)
+
+
+def held_bytes(book: LayerBook) -> int:
+    """Bytes of what the kernels read in place of a layer's codebooks, as far as it was made."""
+    if not available():
+        return 0
+    from . import encode_triton, triton_tables
+
+    return triton_tables.held_bytes(book) + sum(map(encode_triton.held_bytes, (book.keys, book.values)))
 
 
 def attention_gpu(
@@ -85,9 +155,9 @@ def attention_gpu(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ops.attention; in plain torch, with one warning, what the kernels cannot do."""
     if (reason := obstacle(query, past)) is not None:
-        from .attention_cpu import attention_blockwise  # which imports ops.encode, which may come to import this module
+        from .attention_cpu import attention_blockwise  # which imports ops.codec, which imports this module
 
-        warn_once(reason)
+        warn_once("attention over codes", reason)
         return attention_blockwise(query, past, mask, scaling, softcap)
     from .attention_triton import attention_triton
 

@@ -6,7 +6,8 @@ block's correlations are made when its turn comes, from the signs as they then a
     correlation of block = correlation with the target - signs gram[:, block]
 
 so that nothing is updated in memory but the signs, one byte each. ``gram`` comes as the sum of two float16 matrices
-(22 bits), because signs are exact in float16 and products of float16 run on matrix units everywhere.
+(22 bits), because signs are exact in float16 and products of float16 run on matrix units everywhere; within a block of
+sixteen signs it is read in float32.
 """
 
 from __future__ import annotations
@@ -25,14 +26,15 @@ def _column(tile, index, AT: tl.constexpr):
 
 @triton.jit(do_not_specialize=["tokens", "padded", "sweeps"])
 def improve_signs(
-    target_ptr, signs_ptr, gram_high_ptr, gram_low_ptr, gram_ptr, scale_ptr, bits_ptr, tokens, padded, sweeps,
+    target_ptr, signs_ptr, gram_high_ptr, gram_low_ptr, inner_ptr, scale_ptr, bits_ptr, tokens, padded, sweeps,
     TOKENS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """A greedy pass and ``sweeps`` of coordinate descent over the signs of a tile of tokens of one head.
 
     Grid (tiles, heads). target: float32 (heads, tokens, padded), correlations of C's rows with the vectors.
-    signs: int8 (heads, tokens, padded), zeros on entry. gram: float32 (heads, padded, padded), and its two halves,
-    gram / scale = high + low. bits: int32 (heads,). padded: a multiple of DEPTH.
+    signs: int8 (heads, tokens, padded), zeros on entry. gram_high, gram_low: float16 (heads, padded, padded),
+    gram = (high + low) scale. inner: float32 (heads, padded / 16, 16, 16), the blocks on gram's diagonal.
+    scale: float32 (heads,). bits: int32 (heads,). padded: a multiple of DEPTH.
     """
     head = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -57,9 +59,9 @@ def improve_signs(
             old = tl.load(signs_ptr + line[:, None] + column[None, :], mask=inside[:, None], other=0)
             left = tl.reshape(target - change * scale, (TOKENS, 4, 4))
             chosen = tl.reshape(old.to(tl.float32), (TOKENS, 4, 4))
+            inner = inner_ptr + (head * padded + block) * 16
             for group in range(4):
-                first = block + 4 * group
-                left, chosen = _choose(left, chosen, gram_ptr + square, padded, block, first, group)
+                left, chosen = _choose(left, chosen, inner, group)
             new = tl.reshape(chosen, (TOKENS, 16)).to(tl.int8)
             keep = inside[:, None] & (column < bits)[None, :]
             # The tile's signs are read again by other threads of this program.
@@ -69,18 +71,22 @@ def improve_signs(
 
 
 @triton.jit
-def _choose(left, chosen, gram_ptr, padded, block, first, group):
-    """The best four signs of a group, the others fixed. left: correlations with the residual, (TOKENS, 4, 4)."""
+def _choose(left, chosen, inner_ptr, group):
+    """The best four signs of a group, the others fixed.
+
+    left: correlations with the residual, (TOKENS, 4, 4). inner: the block's own part of gram, (16, 16).
+    """
     candidate = tl.arange(0, 16)
     four = tl.arange(0, 4)
     p0 = (1 - 2 * (candidate & 1)).to(tl.float32)
     p1 = (1 - 2 * ((candidate >> 1) & 1)).to(tl.float32)
     p2 = (1 - 2 * ((candidate >> 2) & 1)).to(tl.float32)
     p3 = (1 - 2 * ((candidate >> 3) & 1)).to(tl.float32)
-    row0 = gram_ptr + first * padded + first
-    row1 = row0 + padded
-    row2 = row1 + padded
-    row3 = row2 + padded
+    rows = inner_ptr + 64 * group
+    row0 = rows + 4 * group
+    row1 = row0 + 16
+    row2 = row1 + 16
+    row3 = row2 + 16
     g00 = tl.load(row0)
     g01 = tl.load(row0 + 1)
     g02 = tl.load(row0 + 2)
@@ -107,13 +113,12 @@ def _choose(left, chosen, gram_ptr, padded, block, first, group):
     n1 = (1 - 2 * ((best >> 1) & 1)).to(tl.float32)
     n2 = (1 - 2 * ((best >> 2) & 1)).to(tl.float32)
     n3 = (1 - 2 * ((best >> 3) & 1)).to(tl.float32)
-    # Push the change into the block's other groups: row i of gram, columns of the block, as (4, 4).
-    columns = block + four[:, None] * 4 + four[None, :]
-    rows = gram_ptr + first * padded + columns
-    left -= (n0 - s0)[:, None, None] * tl.load(rows)[None, :, :]
-    left -= (n1 - s1)[:, None, None] * tl.load(rows + padded)[None, :, :]
-    left -= (n2 - s2)[:, None, None] * tl.load(rows + 2 * padded)[None, :, :]
-    left -= (n3 - s3)[:, None, None] * tl.load(rows + 3 * padded)[None, :, :]
+    # Push the change into the block's other groups: rows of the block's gram as (4, 4).
+    columns = four[:, None] * 4 + four[None, :]
+    left -= (n0 - s0)[:, None, None] * tl.load(rows + columns)[None, :, :]
+    left -= (n1 - s1)[:, None, None] * tl.load(rows + 16 + columns)[None, :, :]
+    left -= (n2 - s2)[:, None, None] * tl.load(rows + 32 + columns)[None, :, :]
+    left -= (n3 - s3)[:, None, None] * tl.load(rows + 48 + columns)[None, :, :]
     at = four[None, None, :]
     new = tl.where(at == 0, n0[:, None, None], n1[:, None, None])
     new = tl.where(at == 2, n2[:, None, None], new)

@@ -62,6 +62,10 @@ class LayerTables:
     def pairs(self) -> int:
         return self.elements.shape[1]
 
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in vars(self).values() if isinstance(t, torch.Tensor))
+
 
 def value_chunks(max_bits: int) -> tuple[int, int]:
     """(signs per accumulator, accumulators) that hold a value's code; more than CHUNKS accumulators are too many."""
@@ -78,6 +82,12 @@ def layer_tables(book: LayerBook, rope: Rope) -> LayerTables:
         if known is None or known[0] != rope:
             known = _layers[book] = (rope, _layer_tables(book, rope))
     return known[1]
+
+
+def held_bytes(book: LayerBook) -> int:
+    """Bytes of the tables made for this book so far."""
+    known = _layers.get(book)
+    return 0 if known is None else known[1].nbytes
 
 
 def _layer_tables(book: LayerBook, rope: Rope) -> LayerTables:
@@ -165,7 +175,7 @@ class Rotations:
 
     def update(self, track: PositionTrack, length: int) -> None:
         """Cover tokens 0..length. Cheap when nothing changed; reads only the new blocks when tokens were added."""
-        source = _recorded(track, length)
+        source = track.recorded(length)
         if source is self.source and length <= self.length:
             return
         known = self.length // BLOCK * BLOCK if self._still_true(source, min(length, self.length)) else 0
@@ -221,18 +231,6 @@ class Rotations:
         more = (0, self.pairs - cos.shape[-1])
         cos = torch.nn.functional.pad(cos.to(self.device), more, value=1.0)
         return cos, torch.nn.functional.pad(sin.to(self.device), more)
-
-
-def _recorded(track: PositionTrack, length: int) -> torch.Tensor:
-    """The tensor in which a track records tokens 0..length: the same object until its tokens change or are joined.
-
-    ``track.positions`` would join the tokens that wait at every step, which only their coding needs.
-    """
-    name = "positions" if track.fixed else "cos"
-    held = track._held.get(name)
-    if held is None or held.shape[1] < length:
-        track._join()
-    return track._held[name]
 
 
 def _put(held: torch.Tensor | None, new: torch.Tensor, at: int) -> torch.Tensor:
