@@ -5,8 +5,9 @@ import torch
 from tiny_models import CONFIGS, tiny_model, token_windows
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from transformers_commvq.calibration import IMPLEMENTATION, CalibrationPlan, calibrate, explicit_attention
+from transformers_commvq.calibration import IMPLEMENTATION, CalibrationPlan, calibrate, token_weights
 from transformers_commvq.config import ConfigError
+from transformers_commvq.traced_attention import explicit_attention, far_importance
 
 PLAN = CalibrationPlan(samples=256, metric_windows=2, metric_length=64, sink_tokens=2, residual_length=16)
 
@@ -111,6 +112,7 @@ def test_the_metric_is_blind_to_tokens_that_stay_exact():
     plan = CalibrationPlan(samples=256, metric_windows=1, metric_length=64, residual_length=64)
     _, samples = calibrate(tiny_model("llama-gqa"), token_windows(1, 64), plan, progress=False)
     assert all(s.key_metric.abs().max() == 0 and s.value_metric.abs().max() == 0 for s in samples.values())
+    assert all((s.key_weights == 1).all() and (s.value_weights == 1).all() for s in samples.values())
 
 
 def test_explicit_attention_is_attention():
@@ -124,6 +126,45 @@ def test_explicit_attention_is_attention():
     torch.testing.assert_close(explicit_attention(q, k, v, None, 8**-0.5, watch=watch), want)
     far = explicit_attention(q, k, v, None, 8**-0.5, s_aux=torch.full((4,), -1e9))
     torch.testing.assert_close(far, want)
+
+
+@pytest.mark.parametrize("kind", ["plain", "mask", "softcap", "sinks"])
+def test_importance_is_the_squared_effect_of_an_error(kind):
+    """Measured by finite differences: how far the outputs of far queries move with one token's key or value."""
+    torch.manual_seed(1)
+    tokens, near, scaling = 300, 20, 0.3
+    query, key, value = (torch.randn(1, heads, tokens, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    settings = {"softcap": {"softcap": 500.0}, "sinks": {"s_aux": torch.randn(4, dtype=torch.float64)}}.get(kind, {})
+    mask = None
+    if kind == "mask":  # a sliding window
+        age = torch.arange(tokens)[:, None] - torch.arange(tokens)
+        mask = ((age >= 0) & (age < 90))[None, None]
+    of_keys, of_values = far_importance(query, key, value, mask, scaling, near, **settings)
+
+    def moved(keys, values):
+        change = [explicit_attention(query, k, v, mask, scaling, **settings) for k, v in ((keys, values), (key, value))]
+        return (change[0] - change[1])[0, :, 2:].double() / step  # (tokens, query heads of KV head 1, 8)
+
+    step = 1e-3
+    for token in (0, 57, 279, 280, 299):
+        far = slice(token + near, tokens)
+        more = value.clone()
+        more[0, 1, token] += step * torch.nn.functional.normalize(torch.randn(8, dtype=torch.float64), dim=0)
+        want = moved(key, more)[far].square().sum()
+        torch.testing.assert_close(of_values[0, 1, token].double(), want, rtol=2e-3, atol=1e-9)
+        want = 0  # |q . dk|^2 over all directions of dk is |q|^2
+        for i in range(8):
+            more = key.clone()
+            more[0, 1, token, i] += step
+            want += moved(more, value)[far].square().sum() / scaling**2
+        torch.testing.assert_close(of_keys[0, 1, token].double(), torch.as_tensor(want), rtol=2e-2, atol=1e-9)
+
+
+def test_token_weights_trust_many_readers_more_than_one():
+    """Per reader the last token weighs five times as much as the first, but it has one reader only."""
+    weights = token_weights(torch.tensor([[80, 0, 0, 0.4]]), torch.tensor([1000, 1000, 1000, 1]))[0]
+    torch.testing.assert_close(weights.mean(), torch.tensor(1.0))
+    assert weights[0] > 1.5 * weights[3] and weights[3] > 10 * weights[1] and weights[1] == weights[2]
 
 
 def test_refuses_no_windows_and_bad_plans():

@@ -18,6 +18,7 @@ LAYERS = {
     "codebook": 2,
     "ops": 3,
     "geometry": 3,
+    "traced_attention": 3,
     "calibration": 4,
     "learning": 4,
     "evaluation": 4,

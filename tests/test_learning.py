@@ -11,7 +11,15 @@ from transformers_commvq import learning
 from transformers_commvq.calibration import CalibrationPlan, StoredSamples, calibrate
 from transformers_commvq.codebook import Codebook, SignBook
 from transformers_commvq.config import ConfigError
-from transformers_commvq.learning import LearningPlan, allocate, fit_head, learn, predicted_curve, shrunk_metric
+from transformers_commvq.learning import (
+    LearningPlan,
+    allocate,
+    fit_head,
+    learn,
+    moments,
+    predicted_curve,
+    shrunk_metric,
+)
 from transformers_commvq.ops.codec import decode, encode
 from transformers_commvq.recipe import Recipe, learn_codebooks
 
@@ -31,6 +39,12 @@ def random_metric(dim=16, seed=5):
     return a @ a.T / dim + 0.1 * torch.eye(dim)
 
 
+def uneven(heads, tokens, seed=0):
+    """Weights of mean 1, most of them small."""
+    weights = torch.rand(heads, tokens, generator=torch.Generator().manual_seed(seed)) ** 4
+    return weights / weights.mean(1, keepdim=True)
+
+
 def samples(layers=2, heads=2, dim=16, tokens=512):
     return {
         layer: SimpleNamespace(
@@ -38,6 +52,8 @@ def samples(layers=2, heads=2, dim=16, tokens=512):
             values=torch.stack([gaussian(tokens, dim, 100 + 10 * layer + h) for h in range(heads)]),
             key_metric=torch.stack([random_metric(dim, layer + h) for h in range(heads)]),
             value_metric=torch.eye(dim).repeat(heads, 1, 1),
+            key_weights=uneven(heads, tokens, layer),
+            value_weights=uneven(heads, tokens, layer + 50),
         )
         for layer in range(layers)
     }
@@ -46,7 +62,7 @@ def samples(layers=2, heads=2, dim=16, tokens=512):
 def relative_error(x, rows, mean, metric=None):
     form = torch.eye(x.shape[1]) if metric is None else metric
     y = x - mean
-    error = y - learning.encode_rows(y, rows, metric) @ rows
+    error = y - learning.encode_rows(x, rows, mean, metric) @ rows
     return (((error @ form) * error).sum() / ((y @ form) * y).sum()).item()
 
 
@@ -58,7 +74,7 @@ def test_em_lowers_the_loss(bits, metric):
     assert rows.shape == (bits, 16) and mean.shape == (16,)
     assert all(b <= a * 1.002 for a, b in pairwise(history))
     assert history[-1] < history[0]
-    predicted = predicted_curve(x - x.mean(0), metric, torch.eye(16) if metric is None else metric, bits)
+    predicted = predicted_curve(moments(x, None)[1], metric, torch.eye(16) if metric is None else metric, bits)
     assert history[-1] < 1.05 * predicted[-1] / predicted[0]
 
 
@@ -70,6 +86,28 @@ def test_what_was_learned_holds_for_other_vectors_and_beats_random_rows():
     generator = torch.Generator().manual_seed(1)
     random_rows = torch.randn(16, 16, generator=generator) * rows.norm(dim=1, keepdim=True) / 4
     assert unseen < 0.7 * relative_error(other, random_rows, mean)
+
+
+def test_tokens_that_count_more_get_smaller_errors():
+    """Two kinds of vectors, one of them rare: given more weight it is served better, at the other's cost."""
+    x = torch.cat([gaussian(3584, seed=1), gaussian(512, seed=2)])
+    rare = torch.arange(len(x)) >= 3584
+    weights = torch.where(rare, 20.0, 0.1)
+    plan, errors = LearningPlan(rounds=4, warm_tokens=len(x)), {}
+    for name, w in (("alike", None), ("uneven", weights)):
+        rows, mean, history = fit_head(x, None, 24, plan, w)
+        error = x - mean - learning.encode_rows(x, rows, mean, None) @ rows
+        errors[name] = [error[part].square().mean().item() for part in (~rare, rare)]
+        assert history[-1] < history[0]
+    assert errors["uneven"][1] < 0.8 * errors["alike"][1]
+    assert errors["uneven"][0] > errors["alike"][0]
+
+
+def test_equal_weights_are_no_weights():
+    x = gaussian()
+    fits = fit_head(x, None, 16, PLAN), fit_head(x, None, 16, PLAN, torch.full((len(x),), 3.0))
+    for a, b in zip(*(fit[:2] for fit in fits), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
 def test_rows_come_by_decreasing_norm_in_the_metric():

@@ -25,8 +25,10 @@ from transformers.masking_utils import sdpa_mask
 from .codebook import ModelGeometry
 from .config import CommVQError, ConfigError
 from .geometry import ModelReading, read_model
+from .traced_attention import explicit_attention, far_importance
 
 IMPLEMENTATION = "commvq_calibration"
+PRIOR = 24  # readers
 
 
 class CalibrationError(CommVQError, RuntimeError):
@@ -40,12 +42,16 @@ class LayerSample:
     keys, values: (kv heads, tokens, head_dim) float32; keys before RoPE; sink tokens left out.
     key_metric, value_metric: (kv heads, head_dim, head_dim) float32, the second-order cost of an error, in nats:
         E[g g^T] with g the gradient of the loss, or its estimate from queries where there are no gradients.
+    key_weights, value_weights: (kv heads, tokens) float32, how much each token's errors weigh against the other
+        tokens', mean 1; see ``traced_attention.far_importance``.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     key_metric: torch.Tensor
     value_metric: torch.Tensor
+    key_weights: torch.Tensor
+    value_weights: torch.Tensor
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {k: v.contiguous() for k, v in vars(self).items()}
@@ -89,6 +95,8 @@ class _Recorder:
         self.tables: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.keys: dict[int, list[torch.Tensor]] = {i: [] for i in reading.attention}
         self.values: dict[int, list[torch.Tensor]] = {i: [] for i in reading.attention}
+        self.importance: dict[int, list[torch.Tensor]] = {i: [] for i in reading.attention}
+        self.readers: list[torch.Tensor] = []  # of each window: how many queries read a token's codes
         self.metrics: dict[tuple[int, str], torch.Tensor] = {}  # sums of g g^T
         self.weight = 0  # tokens that entered them
         self.moments: dict[tuple[int, str], torch.Tensor] = {}  # what stands in for them without gradients
@@ -102,6 +110,7 @@ class _Recorder:
         count = min(self.keep, tokens - sinks)
         self.recorded += tokens
         self.positions = (torch.randperm(tokens - sinks, generator=self.generator)[:count] + sinks).sort().values
+        self.readers.append((tokens - max(self.plan.residual_length, 1) - self.positions).clamp_min(0))
 
     def attend(self, module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, **kwargs):
         """transformers' signature: query (batch, heads, tokens, head_dim) -> (batch, tokens, heads, head_dim)."""
@@ -120,15 +129,18 @@ class _Recorder:
         if key.requires_grad:
             watch = self._gradients(layer, query.detach(), cos, sin, scaling)
         else:
-            self._record(layer, key, value, cos, sin)
+            weigh = (attention_mask, scaling, self.plan.residual_length)
+            importance = far_importance(query, key, value, *weigh, **kwargs)
+            self._record(layer, key, value, cos, sin, importance)
             self._query_moments(layer, query, value, scaling)
         return explicit_attention(query, key, value, attention_mask, scaling, watch=watch, **kwargs), None
 
-    def _record(self, layer, key, value, cos, sin):
+    def _record(self, layer, key, value, cos, sin, importance):
         key = self.reading.rope.rope.unrotate(key, cos, sin)
         kept = self.positions.to(key.device)
         for store, x in ((self.keys, key), (self.values, value)):
             store[layer].append(x[:, :, kept].transpose(0, 1).flatten(1, 2).float().cpu())
+        self.importance[layer].append(torch.stack(importance)[..., kept].transpose(1, 2).flatten(2).cpu())
 
     @staticmethod
     def _add(sums: dict, layer: int, side: str, block: torch.Tensor) -> None:
@@ -166,45 +178,13 @@ class _Recorder:
         self._add(self.moments, layer, "values", torch.eye(value.shape[-1]).expand(heads, -1, -1) * tokens)
 
     def samples(self) -> dict[int, LayerSample]:
-        out = {}
+        out, readers = {}, torch.cat(self.readers)
         for i in self.reading.attention:
             sums, count = (self.metrics, self.weight) if (i, "keys") in self.metrics else (self.moments, self.recorded)
             metrics = [(sums[i, side] / count).float() for side in ("keys", "values")]
-            out[i] = LayerSample(torch.cat(self.keys.pop(i), 1), torch.cat(self.values.pop(i), 1), *metrics)
+            weights = token_weights(torch.cat(self.importance.pop(i), 2), readers)
+            out[i] = LayerSample(torch.cat(self.keys.pop(i), 1), torch.cat(self.values.pop(i), 1), *metrics, *weights)
         return out
-
-
-def explicit_attention(query, key, value, mask, scaling, watch=None, softcap=None, s_aux=None, **_):
-    """Softmax attention written out, so that gradients at the scores can be watched; the arguments of eager attention.
-
-    query: (batch, heads, queries, head_dim); key, value: (batch, kv heads, keys, head_dim).
-    mask: bool (True attends) or additive, or None for causal.
-    watch: None, or two callables that receive the gradients of (unmasked, uncapped) scores, and of the output together
-        with the probabilities.
-    Returns (batch, queries, heads, head_dim).
-    """
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    if watch is None and softcap is None and s_aux is None:
-        causal = mask is None and query.shape[2] > 1
-        out = nn.functional.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scaling)
-        return out.transpose(1, 2).contiguous()
-    scores = (query * scaling) @ key.transpose(-1, -2)
-    if watch:
-        scores.register_hook(watch[0])
-    logits = scores if softcap is None else torch.tanh(scores / softcap) * softcap
-    if mask is None:
-        q, k = scores.shape[-2:]
-        mask = torch.ones(q, k, dtype=torch.bool, device=scores.device).tril(k - q)
-    logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask
-    if s_aux is not None:
-        sink = s_aux.view(1, -1, 1, 1).expand(logits.shape[0], -1, logits.shape[2], 1).to(logits.dtype)
-        logits = torch.cat([logits, sink], -1)
-    probabilities = logits.softmax(-1, torch.float32).to(query.dtype)[..., : scores.shape[-1]]
-    out = probabilities @ value
-    if watch:
-        out.register_hook(lambda grad: watch[1](grad, probabilities))
-    return out.transpose(1, 2).contiguous()
 
 
 @contextlib.contextmanager
@@ -247,6 +227,18 @@ def attention_replaced(model: PreTrainedModel, reading: ModelReading, function, 
         AttentionInterface._global_mapping.pop(IMPLEMENTATION, None)
         AttentionMaskInterface._global_mapping.pop(IMPLEMENTATION, None)
         model.train(training)
+
+
+def token_weights(importance: torch.Tensor, readers: torch.Tensor) -> torch.Tensor:
+    """What each token's errors weigh per query that reads it, against other tokens of the head: mean 1.
+
+    importance: (..., tokens), sums over readers. readers: (tokens,), how many there were. Few readers say little: each
+    token gets ``PRIOR`` more that read it as the head's average token.
+    """
+    average = importance.sum(-1, keepdim=True) / readers.sum().clamp_min(1)
+    weights = (importance + PRIOR * average) / (readers + PRIOR)
+    level = weights.mean(-1, keepdim=True)
+    return torch.where(level > 0, weights / level.clamp_min(torch.finfo(torch.float32).tiny), 1.0)
 
 
 @contextlib.contextmanager

@@ -3,8 +3,11 @@
 A head's vectors x are to be ``mean + s @ C`` with s in {-1, +1}^n. For a given M (the metric, None for the plain
 squared error) EM alternates
 
-    E  s = argmin (x - mean - s C)^T M (x - mean - s C)      coordinate descent, ops/encode.py
+    E  s = argmin (x - mean - s C)^T M (x - mean - s C)      the cache's own encoder, ops/encode.py
     M  (C, mean) = least squares of x on (s, 1), with a small ridge; M drops out of this step
+
+Tokens count by how much attention reads them (traced_attention.far_importance): most tokens are hardly read, and a
+codebook that serves those that are is a better one.
 """
 
 from __future__ import annotations
@@ -25,15 +28,15 @@ from tqdm.auto import tqdm
 
 from .codebook import LayerBook, SignBook
 from .config import ConfigError
-from .ops.encode import choose_signs
-from .packing import CodeLayout
+from .ops.encode import encode_signs
+from .packing import CodeLayout, unpack
 
 # Mean squared error of the best uniform quantizer with 2^b levels of a unit Gaussian, b = 0..5, and half its step
 # (J. Max, "Quantizing for minimum distortion", 1960): what b rows u, 2u, 4u... along one direction can do.
 _UNIFORM_ERROR = (1.0, 0.3634, 0.1188, 0.03744, 0.01154, 0.003495)
 _HALF_STEP = (0.0, 0.798, 0.49785, 0.293, 0.1676, 0.094, 0.052)
 STEP = 8  # bits are dealt in whole bytes
-CHUNK = 4096  # tokens of one head encoded at a time
+HEAVIEST = 50.0  # most that one token may count for
 SIDES = ("keys", "values")
 
 
@@ -46,6 +49,7 @@ class LearningPlan:
         believes to be free: lower training loss, worse model.
     ridge: added to S^T S in the M-step, as a share of the tokens.
     cap: most bits of a head, per element.
+    importance: power to which tokens' weights are raised; 0 lets all tokens count the same.
     """
 
     rounds: int = 8
@@ -53,10 +57,18 @@ class LearningPlan:
     key_shrink: float = 0.1
     ridge: float = 1e-4
     cap: float = 6.0
+    importance: float = 1.0
     seed: int = 0
 
     def __post_init__(self):
-        for name, low in (("rounds", 1), ("warm_tokens", 1), ("key_shrink", 0), ("ridge", 0), ("cap", 0.25)):
+        for name, low in (
+            ("rounds", 1),
+            ("warm_tokens", 1),
+            ("key_shrink", 0),
+            ("ridge", 0),
+            ("cap", 0.25),
+            ("importance", 0),
+        ):
             if getattr(self, name) < low:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected {low} or more.")
 
@@ -77,13 +89,20 @@ def shrunk_metric(metric: torch.Tensor, amount: float) -> torch.Tensor:
     return (metric / level + amount * torch.eye(d)) / (1 + amount)
 
 
-def predicted_curve(x: torch.Tensor, metric: torch.Tensor | None, cost: torch.Tensor, bits: int) -> torch.Tensor:
+def moments(x: torch.Tensor, weights: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean (d,) float32 and covariance (d, d) float64 of vectors (tokens, d), counted by weights (tokens,) or alike."""
+    shares = torch.full((len(x), 1), 1 / len(x)) if weights is None else (weights / weights.sum())[:, None]
+    mean = (shares * x).sum(0)
+    return mean, ((shares * (x - mean)).T @ (x - mean)).double()
+
+
+def predicted_curve(cov: torch.Tensor, metric: torch.Tensor | None, cost: torch.Tensor, bits: int) -> torch.Tensor:
     """Expected loss of one head for 0..bits bits, by scalar quantization of principal directions.
 
-    x: (tokens, d), mean removed.  metric: (d, d) in which codes are chosen, or None.  cost: (d, d), what error costs.
+    cov: (d, d) float64, of the vectors.  metric: (d, d) in which codes are chosen, or None.
+    cost: (d, d), what error costs.
     Returns (bits + 1,) float64, decreasing.
     """
-    cov = (x.T @ x).double() / len(x)
     variance, back = _principal(cov, metric)
     weight = ((back.T @ cost.double()) * back.T).sum(1)  # cost of one unit of error along each direction
     return _fill(variance, bits)[1] @ weight
@@ -125,51 +144,41 @@ def allocate(
 
 
 def fit_head(
-    x: torch.Tensor, metric: torch.Tensor | None, bits: int, plan: LearningPlan
+    x: torch.Tensor,
+    metric: torch.Tensor | None,
+    bits: int,
+    plan: LearningPlan,
+    weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
     """EM for one head.
 
-    x: (tokens, d) float32.  metric: (d, d) or None.
+    x: (tokens, d) float32.  metric: (d, d) or None.  weights: (tokens,), how much each token counts; None: alike.
     Returns rows (bits, d) float32 by decreasing norm in the metric, mean (d,), and each round's error relative to the
     spread about the mean, in the metric.
     """
-    mean = x.mean(0)
-    cov = ((x - mean).T @ (x - mean)).double() / len(x)
+    mean, cov = moments(x, weights)
     form = torch.eye(x.shape[1]) if metric is None else metric
     spread = (cov * form.double()).sum().item() or 1.0
     rows, history = _start(cov, metric, bits), []
-    signs = None
     for turn in range(plan.rounds):
         warm = turn < plan.rounds * 3 // 4 and len(x) > plan.warm_tokens
         stride = len(x) // plan.warm_tokens if warm else 1
-        part = x[::stride]
-        if signs is not None and len(signs) != len(part):
-            signs = None
-        signs = encode_rows(part - mean, rows, metric, signs)
-        rows, mean = _least_squares(signs, part, plan.ridge)
+        part = x[turn % stride :: stride]
+        count = torch.ones(len(part), 1) if weights is None else weights[turn % stride :: stride, None]
+        signs = encode_rows(part, rows, mean, metric)
+        rows, mean = _least_squares(signs, part, count, plan.ridge)
         error = part - mean - signs @ rows
-        history.append(((error @ form) * error).sum().item() / len(part) / spread)
+        history.append((count * (error @ form) * error).sum().item() / count.sum().item() / spread)
     dual = rows if metric is None else rows @ metric
     order = (dual * rows).sum(1).argsort(descending=True, stable=True)
     return rows[order], mean, history
 
 
-def encode_rows(
-    x: torch.Tensor, rows: torch.Tensor, metric: torch.Tensor | None, signs: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Signs of one head's vectors. x: (tokens, d) with the mean removed; rows: (n, d). Returns (tokens, n)."""
-    dual = rows if metric is None else rows @ metric
-    gram = (dual @ rows.T)[None]
-    out = torch.empty(len(x), len(rows))
-    for a in range(0, len(x), CHUNK):
-        part = x[a : a + CHUNK]
-        if signs is None:
-            chosen = choose_signs((part @ dual.T)[None], gram, sweeps=2)
-        else:
-            old = signs[a : a + CHUNK]
-            chosen = choose_signs(((part - old @ rows) @ dual.T)[None], gram, old[None], sweeps=2)
-        out[a : a + CHUNK] = chosen[0]
-    return out
+def encode_rows(x: torch.Tensor, rows: torch.Tensor, mean: torch.Tensor, metric: torch.Tensor | None) -> torch.Tensor:
+    """Signs of one head's vectors. x: (tokens, d); rows: (n, d); mean: (d,). Returns (tokens, n) in {-1, +1}."""
+    layout = CodeLayout((len(rows),))
+    book = SignBook(layout, rows, mean[None], None if metric is None else metric[None])
+    return unpack(encode_signs(x[None, None], book), layout)[0, 0]
 
 
 def learn(
@@ -182,8 +191,7 @@ def learn(
 ) -> dict[float, LearnedRate]:
     """Books at several rates from one calibration.
 
-    samples: layer index -> an object with keys, values (heads, tokens, d) and key_metric, value_metric (heads, d, d);
-        layers are read one at a time, twice.
+    samples: layer index -> calibration.LayerSample, or whatever has its fields; layers are read one at a time, twice.
     rates: mean bits per element.
     work: a folder that keeps finished layers; a run that was stopped goes on from there with the same result.
     """
@@ -252,11 +260,14 @@ def _start(cov: torch.Tensor, metric: torch.Tensor | None, bits: int) -> torch.T
     return rows[((rows @ form) * rows).sum(1).argsort(descending=True, stable=True)]
 
 
-def _least_squares(signs: torch.Tensor, x: torch.Tensor, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _least_squares(
+    signs: torch.Tensor, x: torch.Tensor, count: torch.Tensor, ridge: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     s = torch.cat([signs, torch.ones(len(signs), 1)], 1)
-    normal = (s.T @ s).double()
-    normal.diagonal()[:-1] += ridge * len(s)
-    solved = torch.linalg.solve(normal, (s.T @ x).double()).float()
+    counted = (s * count).T
+    normal = (counted @ s).double()
+    normal.diagonal()[:-1] += ridge * count.sum()
+    solved = torch.linalg.solve(normal, (counted @ x).double()).float()
     return solved[:-1].contiguous(), solved[-1].contiguous()
 
 
@@ -265,20 +276,33 @@ def _metrics(sample, plan: LearningPlan) -> dict[str, torch.Tensor | None]:
     return {"keys": shrunk_metric(sample.key_metric, plan.key_shrink).half(), "values": None}
 
 
+def _weights(sample, plan: LearningPlan) -> dict[str, torch.Tensor | None]:
+    """What each token counts, (heads, tokens), mean about 1.
+
+    Errors cost what they cost, so the power should be 1; but few tokens carry most of it, and a codebook fitted to few
+    tokens serves no others (docs/learning-experiments.md).
+    """
+    out = {}
+    for side, weights in (("keys", sample.key_weights), ("values", sample.value_weights)):
+        raised = (weights**plan.importance).clamp_max(HEAVIEST)
+        out[side] = raised / raised.mean(1, keepdim=True) if plan.importance else None
+    return out
+
+
 def _all_curves(samples, plan, pool, progress):
     curves = {}
 
-    def one(sample, metrics, side, h, bits):
-        x = getattr(sample, side)[h]
+    def one(sample, metrics, weights, side, h, bits):
+        _, cov = moments(getattr(sample, side)[h], None if weights[side] is None else weights[side][h])
         metric = None if metrics[side] is None else metrics[side][h].float()
-        cost = getattr(sample, f"{side[:-1]}_metric")[h]
-        return predicted_curve(x - x.mean(0), metric, cost, bits)
+        return predicted_curve(cov, metric, getattr(sample, f"{side[:-1]}_metric")[h], bits)
 
     for layer in tqdm(sorted(samples), desc="allocate", unit="layer", disable=not progress):
         sample = samples[layer]
-        metrics, d = _metrics(sample, plan), sample.keys.shape[-1]
+        given = sample, _metrics(sample, plan), _weights(sample, plan)
+        bits = int(plan.cap * sample.keys.shape[-1])
         names = [(layer, side, h) for side in SIDES for h in range(len(sample.keys))]
-        done = pool.map(lambda n: one(sample, metrics, n[1], n[2], int(plan.cap * d)), names)  # noqa: B023 (used at once)
+        done = pool.map(lambda n: one(*given, n[1], n[2], bits), names)  # noqa: B023 (used at once)
         curves.update(zip(names, done, strict=True))
     return curves
 
@@ -298,13 +322,14 @@ def _layer_book(samples, layer, bits, plan, pool, work) -> tuple[LayerBook, dict
             errors = json.loads(file.metadata()["errors"])
     else:
         sample = samples[layer]
-        metrics = _metrics(sample, plan)
+        metrics, weights = _metrics(sample, plan), _weights(sample, plan)
         names = [(side, h) for side in SIDES for h in range(len(sample.keys))]
 
         def one(name):
             side, h = name
             metric = None if metrics[side] is None else metrics[side][h].float()
-            return fit_head(getattr(sample, side)[h], metric, bits[side][h], plan)
+            count = None if weights[side] is None else weights[side][h]
+            return fit_head(getattr(sample, side)[h], metric, bits[side][h], plan, count)
 
         done = dict(zip(names, pool.map(one, names), strict=True))
         tensors, errors = {}, {}
