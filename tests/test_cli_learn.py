@@ -54,9 +54,8 @@ def test_learn_then_eval(checkpoint, texts, tmp_path, capsys):
         assert set(json.loads((folder / "report.json").read_text())) == {"bits_per_head", "relative_error"}
     assert not (tmp_path / ".learning").exists()
     words = [checkpoint, "--codebook", tmp_path / "tiny-CommVQ-1bit", "--bits", 1, "--text", texts[0], "--json"]
-    assert run(eval_command, *words, "--windows", 1, "--length", 300, "--passkey", 300, "--trials", 1) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert report["texts"]["plain.txt"]["kl"] > 0 and report["passkey"]["300"]
+    assert run(eval_command, *words, "--windows", 1, "--length", 300) == 0
+    assert json.loads(capsys.readouterr().out)["caches"]["commvq-1"]["texts"]["plain.txt"]["kl"] > 0
 
 
 def test_learn_is_reproducible(checkpoint, texts, tmp_path):
@@ -74,5 +73,44 @@ def test_mistakes_are_explained(checkpoint, texts, tmp_path):
         run(learn_command, checkpoint, "--text", texts[0], "--dtype", "float3")
     with pytest.raises(ConfigError, match="cannot be loaded"):
         run(learn_command, tmp_path, "--text", texts[0])
-    with pytest.raises(ConfigError, match="nothing to measure"):
-        run(eval_command, checkpoint)
+
+
+@pytest.fixture(scope="module")
+def problems(tmp_path_factory):
+    rows = [{"question": f"{i} plus {i}?", "answer": f"It is {2 * i}.\n#### {2 * i}"} for i in range(5)]
+    file = tmp_path_factory.mktemp("problems") / "problems.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return file
+
+
+def test_caches_side_by_side(checkpoint, texts, problems, capsys):
+    pytest.importorskip("optimum.quanto")
+    words = [checkpoint, "--cache", "dynamic", "quanto-4", "fp8", "--task", "perplexity", "passkey", "gsm8k"]
+    words += ["--text", texts[0], "--windows", 1, "--length", 300, "--lengths", 300, "--depths", 0.5, "--trials", 1]
+    words += ["--file", problems, "--problems", 2, "--shots", 1]
+    assert run(eval_command, *words, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["dtype"] == "float32"
+    caches = report["caches"]
+    assert {name: row["bits"] for name, row in caches.items()} == {"dynamic": 32, "quanto-4": 5, "fp8": 8}
+    plain, quanto, fp8 = (row["texts"]["plain.txt"] for row in caches.values())
+    assert quanto["kl"] > fp8["kl"] > plain["kl"] == 0
+    assert max(quanto["cache_bytes"], fp8["cache_bytes"]) < plain["cache_bytes"] == 299 * 128 * 4
+    for row in caches.values():
+        assert list(row["passkey"]["300"]) == ["0.5"]
+        assert len(row["gsm8k"]["answers"]) == 2 and 0 <= row["gsm8k"]["accuracy"] <= 1
+    printed = eval_command.summary(report).splitlines()
+    assert printed[0].split("|")[1:4] == [" cache    ", "  bits ", " plain.txt: perplexity "]
+    assert printed[3].split("|")[2].strip() == "5.00"
+
+
+def test_mistakes_of_eval_are_explained(checkpoint, texts, tmp_path):
+    for words, message in (
+        ([], "nothing to measure. Fix: give --text FILE"),
+        (["--task", "gsm8k"], "nothing to measure. Fix: give --file JSONL"),
+        (["--text", texts[0], "--cache", "zip"], "'zip': expected dynamic"),
+        (["--text", texts[0], "--cache", "fp8", "--codebook", "x"], "one commvq cache"),
+        (["--task", "passkey", "--depths", "2"], "depths from 0 to 1"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            run(eval_command, checkpoint, *words)

@@ -91,6 +91,11 @@ def _check_module(module, args):
         from benchmarks.speed.cli import arguments
 
         arguments(args)
+    if module == "benchmarks.quality":
+        sys.path.insert(0, str(ROOT))
+        from benchmarks.quality.cli import build_parser
+
+        build_parser().parse_args(args)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=ids(PAGES))

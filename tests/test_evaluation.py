@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 import subprocess
 import sys
 
@@ -12,9 +11,9 @@ from generation import saved_codebook
 from tiny_models import tiny_model, token_windows
 from transformers import DynamicCache
 
-from transformers_commvq import evaluation
 from transformers_commvq.config import ConfigError
-from transformers_commvq.evaluation import passkey_retrieval, streaming_quality, uncompressed
+from transformers_commvq.evaluation import kept_reference, streaming_quality
+from transformers_commvq.storage import uncompressed
 
 
 class NoisyCache(DynamicCache):
@@ -52,55 +51,12 @@ def test_refuses_what_it_cannot_measure():
             streaming_quality(model, uncompressed, windows, chunk=chunk, progress=False)
 
 
-class Characters:
-    """A tokenizer with one token a character."""
-
-    def __call__(self, text, return_tensors=None):
-        ids = [ord(c) % 96 for c in text]
-        return {"input_ids": torch.tensor([ids]) if return_tensors else ids}
-
-    def decode(self, ids):
-        return "".join(chr(i + 32) if i < 64 else chr(i) for i in ids)
-
-
-def test_passkey_grid():
-    got = passkey_retrieval(tiny_model("llama-gqa"), Characters(), lengths=(200, 300), depths=(0.0, 1.0), trials=2)
-    assert set(got) == {200, 300} and set(got[200]) == {0.0, 1.0}
-    assert all(0 <= share <= 1 for row in got.values() for share in row.values())
-
-
-class Letters:
-    """A tokenizer whose tokens can be read back."""
-
-    def __call__(self, text, return_tensors=None):
-        ids = [ord(c) for c in text]
-        return {"input_ids": torch.tensor([ids]) if return_tensors else ids}
-
-    def decode(self, ids):
-        return "".join(map(chr, ids))
-
-
-def test_parts_of_a_passkey_grid_add_up(monkeypatch):
-    """Several processes try every trial once, with the passkeys of one process."""
-    asked = []
-
-    def knows_odd_numbers(model, ids, cache, count):
-        key = re.search(r"pass key is (\d+)", Letters().decode(ids[0].tolist())).group(1)
-        asked.append(key)
-        return [ord(c) for c in key] if int(key) % 2 else []
-
-    monkeypatch.setattr(evaluation, "_greedy", knows_odd_numbers)
-    model, settings = tiny_model("llama-gqa"), {"lengths": (300, 400), "depths": (0.0, 0.5), "trials": 5}
-    whole = passkey_retrieval(model, Letters(), **settings)
-    keys, asked[:] = sorted(asked), []
-    assert 0 < sum(share for row in whole.values() for share in row.values()) < 4
-    for count in (2, 3):
-        parts = [passkey_retrieval(model, Letters(), **settings, part=(i, count)) for i in range(count)]
-        for length, row in whole.items():
-            for depth, share in row.items():
-                assert sum(p[length][depth] for p in parts) == pytest.approx(share)
-        assert sorted(asked) == keys
-        asked.clear()
+def test_a_kept_reference_changes_nothing():
+    model, windows = tiny_model("llama-gqa"), token_windows(2, 60)
+    kept = kept_reference(model, windows, chunk=16)
+    for make in (uncompressed, lambda m: NoisyCache()):
+        live = streaming_quality(model, make, windows, chunk=16, progress=False)
+        assert streaming_quality(model, make, windows, chunk=16, progress=False, reference=kept) == live
 
 
 @pytest.mark.slow
@@ -118,7 +74,8 @@ def test_processes_of_accelerate_launch_report_what_one_process_does(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"w{int(i)}" for i in torch.randint(4, 96, (2000,))))
     arguments = ["-m", "transformers_commvq", "eval", str(tmp_path / "model"), "--text", str(text), "--json"]
-    arguments += ["--windows", "3", "--length", "200", "--chunk", "64", "--passkey", "150", "--trials", "1"]
+    arguments += ["--windows", "3", "--length", "200", "--chunk", "64"]
+    arguments += ["--task", "perplexity", "passkey", "--lengths", "150", "--trials", "1"]
     # Without a GPU, --multi_gpu is accelerate's way to start several processes on the CPU, by torch.distributed.run.
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
     reports = []
@@ -127,6 +84,6 @@ def test_processes_of_accelerate_launch_report_what_one_process_does(tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
         reports.append(done.stdout)
     assert reports[0] == reports[1]  # the second is printed once, and equal to the last digit
-    report = json.loads(reports[0])
+    report = json.loads(reports[0])["caches"]["commvq-2"]
     assert report["texts"]["text.txt"]["windows"] == 3 and report["texts"]["text.txt"]["kl"] > 0
     assert set(report["passkey"]) == {"150"}

@@ -17,8 +17,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from transformers_commvq.geometry import cache_name, generate_cache_name
 from transformers_commvq.layer import CommVQLayer
+from transformers_commvq.storage import cache_bytes
 
-from .methods import Method, cache_bytes
+from .methods import Method
 
 
 class PeakMemory:

@@ -23,9 +23,10 @@ from . import demo_model
 from .cache import CommVQCache
 from .config import CommVQConfig, CommVQError, ConfigError
 from .demo_text import Prompt, build_prompt, held_passage
-from .evaluation import streaming_quality, uncompressed
+from .evaluation import streaming_quality
 from .geometry import cache_name, generate_cache_name
 from .integration import disable, enable, make_cache
+from .storage import uncompressed
 
 ANSWER_TOKENS = 32
 WARM_UP_TOKENS = 384  # enough for a compressed cache to hold codes, so that compiling kernels is not timed

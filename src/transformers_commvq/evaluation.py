@@ -1,4 +1,4 @@
-"""What compression costs: streaming perplexity and KL divergence against the uncompressed cache, and passkey retrieval.
+"""What compression costs: streaming perplexity and KL divergence against the uncompressed cache.
 
 Streaming means the way a cache is used: a window of text goes through the model in chunks, every chunk attends to
 what the cache kept of the ones before. Any transformers cache can be measured; nothing here knows how one compresses.
@@ -6,26 +6,20 @@ what the cache kept of the ones before. Any transformers cache can be measured; 
 
 from __future__ import annotations
 
-import itertools
 import math
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from .config import ConfigError
 from .geometry import cache_name
+from .storage import MakeCache, cache_bytes, uncompressed
 
-MakeCache = Callable[[PreTrainedModel], Cache]
-
-
-def uncompressed(model: PreTrainedModel) -> Cache:
-    """The cache everything is compared with."""
-    return DynamicCache(config=model.config.get_text_config(decoder=True))
+Reference = Callable[[int], Iterable[torch.Tensor]]  # window's number -> log-probabilities of its chunks
 
 
 @dataclass(frozen=True)
@@ -35,12 +29,14 @@ class StreamingQuality:
     losses, reference_losses: mean negative log-likelihood of each window, nats a token.
     kl: mean KL(uncompressed || compressed) of each window, nats a token.
     tokens: predicted tokens of each window.
+    cache_bytes: what the cache held at the end of each window, everything counted (storage.cache_bytes).
     """
 
     losses: tuple[float, ...]
     reference_losses: tuple[float, ...]
     kl: tuple[float, ...]
     tokens: tuple[int, ...]
+    cache_bytes: tuple[int, ...]
 
     def _mean(self, per_window: Sequence[float]) -> float:
         return sum(x * n for x, n in zip(per_window, self.tokens, strict=True)) / sum(self.tokens)
@@ -90,45 +86,63 @@ def streaming_quality(
     chunk: int = 128,
     make_reference: MakeCache = uncompressed,
     progress: bool = True,
+    reference: Reference | None = None,
 ) -> StreamingQuality:
     """Compare a cache with the uncompressed one.
 
     make_cache(model): a fresh cache, called once a window.
     windows: 1-d int64 token ids, two or more each.
     chunk: tokens a step; both caches go through the same steps, so only one chunk's logits are ever held.
+    reference: ``kept_reference`` of the same windows and chunk, to compare several caches with one run of the model;
+        without it, the model runs on the cache that ``make_reference`` makes.
 
     Raises ConfigError for no windows, too short ones, or a chunk below 1.
     """
-    if not windows or min(map(len, windows)) < 2 or chunk < 1:
-        raise ConfigError("expected at least one window of two or more tokens, and chunk=1 or more (default 128).")
+    _check(windows, chunk)
     was_training = model.training
     model.eval()
     rows = []
     try:
-        for window in tqdm(windows, desc="evaluate", unit="window", disable=not progress):
-            rows.append(_window(model, window.to(model.device), make_cache(model), make_reference(model), chunk))
+        for number, window in enumerate(tqdm(windows, desc="evaluate", unit="window", disable=not progress)):
+            kept = reference(number) if reference else _stream(model, window, make_reference(model), chunk)
+            rows.append(_window(model, window, make_cache(model), kept, chunk))
     finally:
         model.train(was_training)
     return StreamingQuality(*(tuple(column) for column in zip(*rows, strict=True)))
 
 
-def _window(model, ids, cache, reference, chunk) -> tuple[float, float, float, int]:
+@torch.inference_mode()
+def kept_reference(model: PreTrainedModel, windows: Sequence[torch.Tensor], chunk: int = 128) -> Reference:
+    """The uncompressed run of ``streaming_quality``, made once and held: four bytes for every token and entry of the
+    vocabulary, 400 MB for a window of 2048 tokens and a vocabulary of 49 thousand.
+
+    Raises ConfigError as ``streaming_quality`` does.
+    """
+    _check(windows, chunk)
+    return [list(_stream(model, window, uncompressed(model), chunk)) for window in windows].__getitem__
+
+
+def _check(windows: Sequence[torch.Tensor], chunk: int) -> None:
+    if not windows or min(map(len, windows)) < 2 or chunk < 1:
+        raise ConfigError("expected at least one window of two or more tokens, and chunk=1 or more (default 128).")
+
+
+def _stream(model: PreTrainedModel, window: torch.Tensor, cache: Cache, chunk: int) -> Iterator[torch.Tensor]:
+    """Log-probabilities after each token but the last, a chunk at a time: (tokens, vocabulary) float32."""
+    given = {cache_name(type(model)): cache, "use_cache": True}
+    for part in window[:-1].to(model.device).split(chunk):
+        yield model(input_ids=part[None], **given).logits[0].float().log_softmax(-1)
+
+
+def _window(model, window, cache, reference, chunk) -> tuple[float, float, float, int, int]:
     loss = reference_loss = kl = 0.0
-    for start in range(0, len(ids) - 1, chunk):
-        part = ids[None, start : min(start + chunk, len(ids) - 1)]
-        labels = ids[start + 1 : start + 1 + part.shape[1], None]
-        ours = _log_probabilities(model, part, cache)
-        theirs = _log_probabilities(model, part, reference)
-        loss -= ours.gather(1, labels).sum().item()
-        reference_loss -= theirs.gather(1, labels).sum().item()
+    labels = window[1:, None].to(model.device).split(chunk)
+    for ours, theirs, label in zip(_stream(model, window, cache, chunk), reference, labels, strict=True):
+        loss -= ours.gather(1, label).sum().item()
+        reference_loss -= theirs.gather(1, label).sum().item()
         kl += torch.nn.functional.kl_div(ours, theirs, reduction="sum", log_target=True).item()
-    n = len(ids) - 1
-    return loss / n, reference_loss / n, kl / n, n
-
-
-def _log_probabilities(model, ids, cache) -> torch.Tensor:
-    given = {cache_name(type(model)): cache}
-    return model(input_ids=ids, use_cache=True, **given).logits[0].float().log_softmax(-1)
+    n = len(window) - 1
+    return loss / n, reference_loss / n, kl / n, n, cache_bytes(cache)
 
 
 def _standard_error(values: Sequence[float]) -> float:
@@ -136,55 +150,3 @@ def _standard_error(values: Sequence[float]) -> float:
         return math.nan
     mean = sum(values) / len(values)
     return math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
-
-
-_FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
-_ASK = "What is the pass key? The pass key is"
-
-
-@torch.inference_mode()
-def passkey_retrieval(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    make_cache: MakeCache = uncompressed,
-    lengths: Sequence[int] = (1024,),
-    depths: Sequence[float] = (0.1, 0.5, 0.9),
-    trials: int = 1,
-    seed: int = 0,
-    part: tuple[int, int] = (0, 1),
-) -> dict[int, dict[float, float]]:
-    """How often a five-digit number hidden in filler text is repeated (arXiv 2305.16300, section 4.3).
-
-    lengths: prompt tokens, about.  depths: where the number is hidden, 0 (start) to 1 (end).
-    part: (i, n) tries only every n-th trial, from the i-th on; shares are of all trials, so the n parts add up.
-    Returns length -> depth -> share of trials in which greedy decoding gives all digits.
-    """
-    draw, out, number = random.Random(seed), {}, itertools.count()
-    filler = len(tokenizer(_FILLER)["input_ids"])
-    for length in lengths:
-        out[length] = {}
-        count = max(2, (length - 60) // filler)
-        for depth in depths:
-            before = round(count * depth)
-            hits = 0
-            for _ in range(trials):
-                key = str(draw.randrange(10000, 100000))
-                if next(number) % part[1] != part[0]:
-                    continue
-                hidden = f"The pass key is {key}. Remember it. {key} is the pass key. "
-                prompt = _FILLER * before + hidden + _FILLER * (count - before) + _ASK
-                ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
-                answer = _greedy(model, ids, make_cache(model), len(tokenizer(f" {key}")["input_ids"]) + 2)
-                hits += key in tokenizer.decode(answer)
-            out[length][depth] = hits / trials
-    return out
-
-
-def _greedy(model, ids: torch.Tensor, cache: Cache, count: int) -> list[int]:
-    """Plain greedy decoding through a cache; no generation config of the model can change it."""
-    step, answer = ids, []
-    for _ in range(count):
-        logits = model(input_ids=step, use_cache=True, logits_to_keep=1, **{cache_name(type(model)): cache}).logits
-        step = logits[:, -1:].argmax(-1)
-        answer.append(int(step))
-    return answer

@@ -178,13 +178,18 @@ def encode_keys(x: torch.Tensor, book: PaperKeys) -> torch.Tensor:
     """Codes of keys before RoPE, in the half-split layout; see CodeKind."""
     norm = _joined(x).norm(dim=-1)
     rest = x.float() / norm[:, None, :, None].clamp_min(torch.finfo(torch.float32).tiny)
-    parts = [_nearest(part, book) for part in rest.split(TOKENS, 2)]
+    parts = [nearest_centres(part, book) for part in rest.split(TOKENS, 2)]
     index = torch.cat(parts, 1)  # (batch, tokens, heads, stages, 2)
     shifts = torch.arange(INDEX_BITS, device=x.device)
     return book.pack(((index[..., None] >> shifts) & 1).flatten(2), norm)
 
 
-def _nearest(rest: torch.Tensor, book: PaperKeys) -> torch.Tensor:
+def nearest_centres(rest: torch.Tensor, book: PaperKeys) -> torch.Tensor:
+    """Stage by stage the nearest centre to what the stages before left over.
+
+    rest: (batch, heads, tokens, head_dim) float32, keys divided by their norm.
+    Returns indices a and b, (batch, tokens, heads, stages, 2) int64.
+    """
     rest, chosen = rest.clone(), []
     for stage in range(book.stages):
         z, turned = book.z[stage].float(), book.turned[stage].float()
@@ -193,11 +198,11 @@ def _nearest(rest: torch.Tensor, book: PaperKeys) -> torch.Tensor:
         best = distance.flatten(-2).argmin(-1)
         index = torch.stack([best // ENTRIES, best % ENTRIES], -1)
         chosen.append(index)
-        rest -= _centre(index, z, turned)
+        rest -= centre(index, z, turned)
     return torch.stack(chosen, 3).transpose(1, 2)
 
 
-def _centre(index: torch.Tensor, z: torch.Tensor, turned: torch.Tensor) -> torch.Tensor:
+def centre(index: torch.Tensor, z: torch.Tensor, turned: torch.Tensor) -> torch.Tensor:
     """z_a + i z_b: index (batch, heads, tokens, 2) -> (batch, heads, tokens, head_dim)."""
     head = torch.arange(z.shape[0], device=z.device)[:, None]
     return z[head, index[..., 0]] + turned[head, index[..., 1]]
@@ -210,7 +215,7 @@ def key_features(codes: torch.Tensor, book: PaperKeys) -> torch.Tensor:
     index = (bits.long().unflatten(-1, (book.heads, book.stages, 2, INDEX_BITS)) << shifts).sum(-1)
     total = torch.zeros(codes.shape[0], book.heads, codes.shape[1], book.head_dim, device=codes.device)
     for stage in range(book.stages):
-        total += _centre(index[:, :, :, stage].transpose(1, 2), book.z[stage].float(), book.turned[stage].float())
+        total += centre(index[:, :, :, stage].transpose(1, 2), book.z[stage].float(), book.turned[stage].float())
     return total * norm[:, None, :, None]
 
 

@@ -7,7 +7,7 @@ whatever the model runs on. Windows are measured apart from each other, so the r
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from .evaluation import MakeCache, StreamingQuality, passkey_retrieval, streaming_quality
+from .evaluation import StreamingQuality, streaming_quality
+from .storage import MakeCache
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ class Share:
         values = [None] * self.count
         dist.all_gather_object(values, value)
         return values
+
+    def map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+        """What a function makes of every item, each computed by one process; the same list in every process."""
+        parts = self.gather([function(item) for item in self.of(items)])
+        return [parts[i % self.count][i // self.count] for i in range(len(items))]
 
     def device(self, name: str) -> str:
         """A device name for this process: "cuda" becomes the GPU of its local rank."""
@@ -80,17 +86,3 @@ def quality(
     return StreamingQuality(
         **{f.name: tuple(getattr(parts[rank], f.name)[i] for i, rank in window) for f in fields(StreamingQuality)}
     )
-
-
-def passkeys(
-    share: Share, model: PreTrainedModel, tokenizer: Any, make_cache: MakeCache, lengths: Sequence[int], trials: int
-) -> dict[int, dict[float, float]]:
-    """``passkey_retrieval``, each trial by one process; the same in every process."""
-    part = passkey_retrieval(
-        model, tokenizer, make_cache, lengths, trials=trials, part=(share.rank, share.count)
-    )  # shares of all trials, so that parts add up
-    parts = share.gather(part)
-    return {
-        length: {depth: sum(round(p[length][depth] * trials) for p in parts) / trials for depth in depths}
-        for length, depths in part.items()
-    }

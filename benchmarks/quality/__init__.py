@@ -1,0 +1,1 @@
+"""Quality against memory: every cache on the same text, by the same code."""
