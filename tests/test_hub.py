@@ -682,6 +682,12 @@ def run_cli(module, capsys, *arguments: str) -> str:
     return capsys.readouterr().out
 
 
+def test_a_dry_run_sends_nothing(server, files, tmp_path, capsys):
+    out = run_cli(push_command, capsys, str(tmp_path / "book"), REPO, "--license", "apache-2.0", "--dry-run")
+    assert server.log == [] and REPO not in server.repos
+    assert artefact_tag(files[CONFIG_FILE]) in out and f"{len(files[TENSOR_FILE]):,} bytes  {TENSOR_FILE}" in out
+
+
 def test_commands_push_and_inspect(server, files, book, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", "token-alice")
     out = run_cli(push_command, capsys, str(tmp_path / "book"), REPO, "--license", "apache-2.0")

@@ -28,6 +28,38 @@ class Published:
     sha256: str
 
 
+@dataclass(frozen=True)
+class Package:
+    """What is published. files: name -> bytes, the card among them. tag: names the contents."""
+
+    book: Codebook
+    files: dict[str, bytes]
+    tag: str
+
+
+def package(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    license: License | None = None,
+    base_model: str | None = None,
+    token: str | None = None,
+) -> Package:
+    """Everything that ``push`` would send, verified; sends nothing. Arguments and errors as for ``push``.
+
+    The Hub is asked for nothing but the license of the base model, and that only if none is given.
+    """
+    if not is_hub_id(repo_id):
+        raise ConfigError(f"{repo_id!r} is no Hub repository id. Fix: give org/name.")
+    book, config_json, tensors = _read(folder, base_model)
+    license = license or inherited_license(HfApi(library_name=LIBRARY, token=token), book.geometry.id)
+    picture = Path(folder) / PICTURE
+    drawn = {PICTURE: picture.read_bytes()} if picture.is_file() else {}
+    card = render(book, config_json, len(tensors), repo_id, license, bool(drawn))
+    files = {CONFIG_FILE: config_json, TENSOR_FILE: tensors, README: card.encode(), **drawn}
+    return Package(book, files, artefact_tag(config_json))
+
+
 def push(
     folder: str | os.PathLike,
     repo_id: str,
@@ -47,32 +79,20 @@ def push(
         CodebookError: the folder is no valid codebook, or the Hub refused or cannot be reached.
         ConfigError: ``repo_id`` has not the form org/name, or that repository holds something else.
     """
-    if not is_hub_id(repo_id):
-        raise ConfigError(f"{repo_id!r} is no Hub repository id. Fix: give org/name.")
-    book, config_json, tensors = _read(folder, base_model)
-    picture = Path(folder) / PICTURE
-    drawn = [CommitOperationAdd(PICTURE, picture.read_bytes())] if picture.is_file() else []
+    sent = package(folder, repo_id, license=license, base_model=base_model, token=token)
     api = HfApi(library_name=LIBRARY, token=token)
-    license = license or inherited_license(api, book.geometry.id)
-    card = render(book, config_json, len(tensors), repo_id, license, bool(drawn))
     with hub_errors(repo_id):
-        parent = _head(api, repo_id, book)
+        parent = _head(api, repo_id, sent.book)
         if parent is None:
             parent = _create(api, repo_id, private)
         commit = api.create_commit(
             repo_id,
-            [
-                CommitOperationAdd(CONFIG_FILE, config_json),
-                CommitOperationAdd(TENSOR_FILE, tensors),
-                CommitOperationAdd(README, card.encode()),
-                *drawn,
-            ],
-            commit_message=f"{book.bits:.3g}-bit CommVQ codebooks of {book.geometry.id}",
+            [CommitOperationAdd(name, content) for name, content in sent.files.items()],
+            commit_message=f"{sent.book.bits:.3g}-bit CommVQ codebooks of {sent.book.geometry.id}",
             parent_commit=parent,  # somebody else's push since _head is an error, not overwritten
         )
-        tag = artefact_tag(config_json)
-        api.create_tag(repo_id, tag=tag, revision=commit.oid, exist_ok=True)
-    return Published(repo_id, commit.oid, tag, book.sha256)
+        api.create_tag(repo_id, tag=sent.tag, revision=commit.oid, exist_ok=True)
+    return Published(repo_id, commit.oid, sent.tag, sent.book.sha256)
 
 
 def inherited_license(api: HfApi, base_model: str) -> License:
