@@ -69,19 +69,18 @@ def commvq_attention(
 def _merged(layer: CommVQLayer | None, query, key, value, mask, past, scaling, softcap, s_aux) -> torch.Tensor:
     """Attention over codes, sinks, window and new tokens, each token counted once."""
     batch, heads, new, _ = query.shape
-    if mask is None and new > 1:
-        token = torch.arange(past + new, device=query.device)
-        mask = (token <= token[-new:, None])[None, None]
-    mask = None if mask is None else _bias(mask)
+    coded = layer.coded if layer else 0
+    bias = None if mask is None else _bias(mask[..., coded:])
+    if mask is None and new > 1:  # causal: only tokens among the newest can be hidden, never codes
+        token = torch.arange(coded, past + new, device=query.device)
+        bias = _bias((token <= token[-new:, None])[None, None])
     if layer is None:
-        out, lse = attention_exact(query, key, value, mask, scaling, softcap)
+        out, lse = attention_exact(query, key, value, bias, scaling, softcap)
     else:
-        coded = layer.coded
         exact = [layer.with_new(key, value)]
-        bias = None if mask is None else mask[..., coded:]
         if coded and layer.sink_tokens:
             exact.insert(0, (layer.sink_keys, layer.sink_values))
-            if mask is not None or not layer.sinks_coded:
+            if bias is not None or not layer.sinks_coded:
                 token, held = layer.sink_slots()
                 bias = torch.cat(
                     [_sink_bias(mask, token, held, new), _full(bias, batch, new, past + new - coded, query)], 3
@@ -112,7 +111,7 @@ def _sink_bias(mask: torch.Tensor | None, token: torch.Tensor, held: torch.Tenso
         return unused.expand(batch, 1, new, sinks)
     rows = mask.expand(batch, 1, new, -1)
     index = token.clamp(0, mask.shape[-1] - 1)[:, None, None].expand(batch, 1, new, sinks)
-    return rows.gather(3, index) + unused
+    return _bias(rows.gather(3, index)) + unused
 
 
 @torch.compiler.disable

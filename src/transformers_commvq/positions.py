@@ -50,17 +50,22 @@ class PositionTrack:
 
     Only coded tokens are ever looked up, so new tokens wait in a list and are joined when one of them is needed:
     decoding one token reads nothing back from the device and copies nothing that grows.
+
+    edits: counts changes of recorded tokens, so that what was made of them need not be compared with them; tokens that
+        come behind them are none.
     """
 
     def __init__(self, inv_freq: torch.Tensor, scaling: float, fixed: bool = True):
         """inv_freq: (pairs,) float32; fixed: False keeps cos and sin from the start."""
         self.inv_freq, self.scaling = inv_freq.detach().float().cpu(), scaling
         self._initially_fixed = fixed
+        self.edits = 0
         self._by_device: dict[torch.device, torch.Tensor] = {}
         self._relative: dict[tuple[torch.device, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self._clear()
 
     def _clear(self) -> None:
+        self.edits += 1
         self.fixed = self._initially_fixed
         self._length = 0
         self._held: dict[str, torch.Tensor] = {}
@@ -123,19 +128,25 @@ class PositionTrack:
                 new = _append(new, part)
             held = self._held.get(name)
             if name == "positions":
-                new = new[:1].clone() if new.shape[0] > 1 and bool((new == new[:1]).all()) else new
-                past = 0 if held is None else held.shape[1]
-                joined = new if held is None else _append(held, new)
-                first = max(past, 1)
-                steps = joined[:, first:] - joined[:, first - 1 : -1]
-                self._breaks += (first + (steps != 1).any(0).nonzero().flatten()).tolist()
-            else:
-                joined = new if held is None else _append(held, new)
-            self._held[name] = joined
+                new = self._noted(new, held)
+            self._held[name] = new if held is None else _append(held, new)
         self._waiting = {}
 
+    def _noted(self, new: torch.Tensor, held: torch.Tensor | None) -> torch.Tensor:
+        """Note where positions do not follow their predecessors'; returns one row of them where all rows agree.
+
+        Reads once from the device where nothing breaks off, which is all that a cache that grows ever asks it.
+        """
+        joint = new if held is None else _append(held[:, -1:], new)
+        broken = (joint.diff(dim=1) != 1).any(0)
+        agree, breaks = _read(torch.stack([(new == new[:1]).all(), broken.any()]))
+        if breaks:
+            first = 1 if held is None else held.shape[1]
+            self._breaks += _read(first + broken.nonzero().flatten())
+        return new[:1].clone() if agree and new.shape[0] > 1 else new
+
     def _agree(self, positions, cos, sin) -> bool:
-        want_cos, want_sin = angles(positions.to(cos.device), self._frequencies(cos.device), self.scaling)
+        want_cos, want_sin = angles(positions.to(cos.device), self.frequencies(cos.device), self.scaling)
         if want_cos.shape[-1] != cos.shape[-1]:
             return False
         bound = _TOLERANCE[cos.dtype] * max(self.scaling, 1.0)
@@ -144,14 +155,15 @@ class PositionTrack:
     def _stop_being_fixed(self, dtype: torch.dtype) -> None:
         self._join()
         self.fixed, self._grouped = False, None
+        self.edits += 1
         if (positions := self._held.pop("positions", None)) is not None:
-            cos, sin = angles(positions, self._frequencies(positions.device), self.scaling)
+            cos, sin = angles(positions, self.frequencies(positions.device), self.scaling)
             self._held = {"cos": cos.to(dtype), "sin": sin.to(dtype)}
 
     def tables(self, start: int, stop: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin of tokens start..stop, float32 (rows, stop - start, pairs)."""
         if self.fixed:
-            return angles(self._get("positions", start, stop, device), self._frequencies(device), self.scaling)
+            return angles(self._get("positions", start, stop, device), self.frequencies(device), self.scaling)
         return tuple(self._get(name, start, stop, device).float() for name in ("cos", "sin"))
 
     def _get(self, name: str, start: int, stop: int, device: torch.device) -> torch.Tensor:
@@ -173,9 +185,9 @@ class PositionTrack:
         key = (device, size)
         if key not in self._relative:
             offsets = torch.arange(size, device=device)[None]
-            self._relative[key] = angles(offsets, self._frequencies(device))
+            self._relative[key] = angles(offsets, self.frequencies(device))
         table = tuple(t[:, : stop - start] for t in self._relative[key])
-        return table, angles(origin, self._frequencies(device), self.scaling)
+        return table, angles(origin, self.frequencies(device), self.scaling)
 
     def groups(self, length: int, size: int, pad: int) -> GroupedRotations:
         """The rotations of tokens 0..length in groups of ``size``, on the CPU; kept until the length changes.
@@ -186,9 +198,7 @@ class PositionTrack:
             return self._grouped[1]
         device = torch.device("cpu")
         if self.fixed:
-            first = angles(
-                self._get("positions", 0, length, device)[:, ::size], self._frequencies(device), self.scaling
-            )
+            first = angles(self._get("positions", 0, length, device)[:, ::size], self.frequencies(device), self.scaling)
         else:
             first = tuple(self._get(name, 0, length, device)[:, ::size].float() for name in ("cos", "sin"))
         starts = range(0, length, size)
@@ -197,7 +207,7 @@ class PositionTrack:
         spare = -self.inv_freq.shape[0] % pad
         flat = [
             torch.nn.functional.pad(t, (0, spare)).flatten().numpy()
-            for t in (*angles(torch.arange(size), self._frequencies(device)), *whole)
+            for t in (*angles(torch.arange(size), self.frequencies(device)), *whole)
         ]
         arrays = flat[:2] + [t.contiguous().numpy() for t in first] + [torch.tensor(broken).numpy()] + flat[2:]
         self._grouped = (length, size, pad), GroupedRotations(*arrays)
@@ -215,10 +225,20 @@ class PositionTrack:
             self._join()
         return self._held[name]
 
+    def consecutive(self, start: int, stop: int, size: int) -> bool:
+        """Whether every row's positions are consecutive within each block of ``size`` tokens, counted from token 0.
+
+        start, stop: the tokens in question, among those that ``recorded`` has joined; start a multiple of size.
+        """
+        return not any(
+            b % size for b in self._breaks[bisect_left(self._breaks, start) : bisect_left(self._breaks, stop)]
+        )
+
     def _broken(self, first: int, stop: int) -> bool:
         return bisect_left(self._breaks, stop) > bisect_right(self._breaks, first - 1)
 
-    def _frequencies(self, device: torch.device) -> torch.Tensor:
+    def frequencies(self, device: torch.device) -> torch.Tensor:
+        """inv_freq on a device, copied there once."""
         if device not in self._by_device:
             self._by_device[device] = self.inv_freq.to(device)
         return self._by_device[device]
@@ -242,7 +262,13 @@ class PositionTrack:
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self._join()
         self._grouped = None
+        self.edits += 1
         self._held = {name: change(held) for name, held in self._held.items()}
+
+
+def _read(values: torch.Tensor) -> list:
+    """Values on the host, which waits for the device."""
+    return values.tolist()
 
 
 def _append(held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from functools import cache
 
 import torch
 import triton
@@ -105,12 +106,16 @@ def attention_triton(
     return out, lse
 
 
+@cache
+def multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return INTERPRETED_UNITS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def split_plan(length: int, programs: int, device: torch.device) -> tuple[int, int]:
     """(splits, tokens of a split): enough splits to fill the device, each a multiple of BLOCK tokens."""
-    units = INTERPRETED_UNITS
-    if device.type == "cuda":
-        units = torch.cuda.get_device_properties(device).multi_processor_count
     blocks = -(-length // BLOCK)
-    splits = max(1, min(blocks, -(-WAVES * units // programs)))
+    splits = max(1, min(blocks, -(-WAVES * multiprocessors(device) // programs)))
     span = -(-blocks // splits) * BLOCK
     return -(-length // span), span

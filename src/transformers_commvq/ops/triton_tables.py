@@ -170,48 +170,51 @@ class Rotations:
 
     def _forget(self) -> None:
         self.source: torch.Tensor | None = None
-        self.length = 0
+        self.length = self.edits = 0
         self.table_cos = self.table_sin = self.start_cos = self.start_sin = self.index = None
 
+    @torch.inference_mode(False)  # or these could not be extended once a torch.inference_mode() block has ended
+    @torch.no_grad()
     def update(self, track: PositionTrack, length: int) -> None:
-        """Cover tokens 0..length. Cheap when nothing changed; reads only the new blocks when tokens were added."""
+        """Cover tokens 0..length. Cheap when nothing changed; reads only the new blocks when tokens were added.
+
+        The host waits for the device only after tokens were changed or where positions are not consecutive.
+        """
         source = track.recorded(length)
         if source is self.source and length <= self.length:
             return
-        known = self.length // BLOCK * BLOCK if self._still_true(source, min(length, self.length)) else 0
+        known = self.length // BLOCK * BLOCK if self._still_true(track, source, min(length, self.length)) else 0
         if not track.fixed or not self._blocks(track, source, known, length):
             self._whole(track, length)
-        self.source, self.length = source, length
+        self.source, self.length, self.edits = source, length, track.edits
 
-    def _still_true(self, source: torch.Tensor, length: int) -> bool:
+    def _still_true(self, track: PositionTrack, source: torch.Tensor, length: int) -> bool:
         old = self.source
         if old is None or self.start_cos is None or old.shape[0] != source.shape[0] or old.dim() != source.dim():
             return False
-        return torch.equal(old[:, :length], source[:, :length])
+        return track.edits == self.edits or torch.equal(old[:, :length], source[:, :length])
 
     def _blocks(self, track: PositionTrack, positions: torch.Tensor, known: int, length: int) -> bool:
         """Rotations by blocks of positions; False if the positions of some block lie too far apart for the table."""
-        place = torch.arange(BLOCK, device=positions.device)
-        while True:
-            new = positions[:, known:length]
-            count = -(-new.shape[1] // BLOCK)
-            short = count * BLOCK - new.shape[1]
-            tail = new[:, -1:] + torch.arange(1, short + 1, dtype=new.dtype, device=new.device)
-            blocks = torch.cat([new, tail], 1).view(new.shape[0], count, BLOCK)
-            low = blocks.amin(-1)
-            entries = blocks - low[..., None]
-            consecutive = bool((entries == place).all())
-            if int(entries.max()) >= TABLE:
-                return False
-            if consecutive or known == 0 or self.index is not None:
-                break
+        consecutive = track.consecutive(known, length, BLOCK)
+        if not consecutive and self.index is None:
             known = 0  # entries are now needed for every token
+        new = positions[:, known:length]
+        count = -(-new.shape[1] // BLOCK)
+        short = count * BLOCK - new.shape[1]
+        tail = new[:, -1:] + torch.arange(1, short + 1, dtype=new.dtype, device=new.device)
+        blocks = torch.cat([new, tail], 1).view(new.shape[0], count, BLOCK)
+        low = blocks.amin(-1)
+        entries = blocks - low[..., None]
+        if not consecutive and int(entries.max()) >= TABLE:
+            return False
+        frequencies = track.frequencies(self.device)
         if known == 0:
             self._forget()
             self.table_cos, self.table_sin = (
-                t.half() for t in self._padded(*angles(torch.arange(TABLE), track.inv_freq))
+                t.half() for t in self._padded(*angles(torch.arange(TABLE, device=self.device), frequencies))
             )
-        cos, sin = self._padded(*angles(low.to(self.device), track.inv_freq.to(self.device), track.scaling))
+        cos, sin = self._padded(*angles(low.to(self.device), frequencies, track.scaling))
         first = known // BLOCK
         self.start_cos, self.start_sin = (
             _put(old, new, first) for old, new in ((self.start_cos, cos), (self.start_sin, sin))
