@@ -2,13 +2,19 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # benchmarks are not installed
+
+from benchmarks import proof_24gb  # noqa: E402
 
 
 def command(*args, **variables):
@@ -52,3 +58,61 @@ def test_speed_says_what_it_cannot_do():
     done = command("benchmarks.speed", "--device", "cpu", "--part", "kernels")
     assert done.returncode == 2
     assert "needs --device cuda" in done.stderr
+
+
+def test_proof_of_24_gb_runs_dry(tmp_path):
+    """What it writes without a GPU, and that it claims nothing."""
+    done = command(
+        "benchmarks.proof_24gb", "--model", "tiny", "--device", "cpu", "--context", "600", "--new", "3",
+        "--chunk", "128", "--results", str(tmp_path),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "dynamic" in done.stdout and "nothing is proved" in done.stdout
+    (file,) = tmp_path.glob("proof_24gb_tiny_*.json")
+    report = json.loads(file.read_text())
+    assert report["limit"] is None and report["shown"] is None
+    runs, expected = report["runs"], report["expected"]
+    assert {row["tokens_held"] for row in runs.values()} == {602}  # the last new token is never stored
+    assert runs["dynamic"]["cache_bytes"] == 602 * 4 * 2 * 2 * 16 * 2
+    assert runs["commvq-1"]["cache_bytes"] < runs["dynamic"]["cache_bytes"]
+    assert expected["plain_cache"] == 603 * 4 * 2 * 2 * 16 * 2
+    assert abs(expected["compressed_cache"] / runs["commvq-1"]["cache_bytes"] - 1) < 0.2
+
+
+def test_proof_of_24_gb_expects_what_the_arithmetic_says():
+    """Llama 3.1 8B: 8.03 billion parameters; 64 Ki elements a token, so 1 bit is 8 KiB and bfloat16 128 KiB a token."""
+    expected = proof_24gb.estimate(proof_24gb.MODELS["llama-8b"](), 1.0, 131072 + 64)
+    assert expected["weights"] == 2 * 8_030_261_248
+    assert expected["plain_cache"] == (131072 + 64) * 65536 * 2
+    assert 1.0 < expected["compressed_cache"] / (131072 * 65536 / 8) < 1.1
+    shared = expected["weights"] + expected["reserve"]
+    assert shared + expected["compressed_cache"] + expected["codebooks"] < proof_24gb.LIMIT
+    assert shared + expected["plain_cache"] > proof_24gb.LIMIT
+
+
+def test_proof_of_24_gb_tells_memory_that_ran_out_from_other_errors(monkeypatch):
+    cache = mock.Mock(get_seq_length=lambda: 77)
+    method = proof_24gb.Method("dynamic", None, lambda: cache)
+
+    def generate_once(error):
+        def run(method, *_):
+            method.make()
+            raise error
+
+        return run
+
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    monkeypatch.setattr(proof_24gb.measure, "generate_once", generate_once(torch.OutOfMemoryError("CUDA: no\nmore")))
+    assert proof_24gb.attempt(method, ids, 1, 2) == {"failed": "CUDA: no", "tokens_held": 77}
+    monkeypatch.setattr(proof_24gb.measure, "generate_once", generate_once(RuntimeError("a fault")))
+    with pytest.raises(RuntimeError, match="a fault"):
+        proof_24gb.attempt(method, ids, 1, 2)
+
+
+@pytest.mark.parametrize("options", [("--device", "cpu"), ("--device", "cuda"), ("--model", "tiny", "--new", "0")])
+def test_proof_of_24_gb_says_what_it_needs(options, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as ended:
+        proof_24gb.arguments(list(options))
+    assert ended.value.code == 2
+    assert re.search("Fix: .*--model tiny|1 or more", capsys.readouterr().err)
