@@ -29,6 +29,7 @@ from triton.compiler import ASTSource
 
 from transformers_commvq.ops.triton_decode import attend_splits, merge_splits
 from transformers_commvq.ops.triton_encode import improve_signs, pack_signs
+from transformers_commvq.ops.triton_index import index_scores, weighted_bits
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -106,6 +107,22 @@ def encode():
     yield Kernel("encode: pack_signs", pack_signs, types, dict(TOKENS=64, BYTES=8))
 
 
+def index(stages, bits):
+    """The kernels over index codes, for Llama-3.1-8B's shapes."""
+    pointers = {
+        "query_ptr": "*bf16", "keys_ptr": "*u8", "entry_ptr": "*fp16", "element_ptr": "*i32", "table_cos_ptr": "*fp16",
+        "table_sin_ptr": "*fp16", "start_cos_ptr": "*fp32", "start_sin_ptr": "*fp32", "score_ptr": "*fp32",
+        "scale": "fp32",
+    }  # fmt: skip
+    settings = dict(
+        GROUPS=4, STAGES=stages, PAIRS=64, ROWS=16, TOKENS=32, BLOCK=128, INDEXED=False, STARTS=True, index_ptr=None
+    )
+    yield Kernel("index codes: index_scores", index_scores, pointers, settings)
+    pointers = {"values_ptr": "*u8", "weight_ptr": "*fp32", "sum_ptr": "*fp32"}
+    settings = dict(BITS=bits, WIDTH=128, ROWS=16, TOKENS=32)
+    yield Kernel("index codes: weighted_bits", weighted_bits, pointers, settings)
+
+
 def merge(dim, width):
     settings = dict(
         GROUPS=4, ROWS=8, MERGED=16, DIM=dim, PADDED=triton.next_power_of_2(dim), WIDTH=width, BITS=32, SPLITS=16
@@ -135,6 +152,7 @@ KERNELS = [
     attend("many queries, head_dim 128", 4, 64, 64, 64, 64, 128, 1, warps=8, spills=120),
     merge(128, 128),
     *encode(),
+    *index(11, 1024),
 ]
 
 

@@ -6,9 +6,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imp
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from filelock import FileLock
+from huggingface_hub import constants, file_download
+from huggingface_hub.utils import _http as hub_http
+from loopback_hub import LoopbackHub
 from tiny_models import tiny_model
 from transformers.utils import logging as transformers_logging
 
@@ -33,6 +38,25 @@ def seed():
 def tiny_llama():
     """A random Llama of two layers, two KV heads of 16 elements, 96 tokens; loads in no time."""
     return tiny_model("llama-gqa")
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """A Hub, and a client in this process that talks to nothing else and waits for no retry."""
+    with LoopbackHub({"token-alice": "alice", "token-bob": "bob"}) as running:
+        monkeypatch.setattr(constants, "ENDPOINT", running.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", running.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        for module in (hub_http, file_download):
+            monkeypatch.setattr(module, "time", SimpleNamespace(sleep=lambda seconds: None))
+        yield running
+    hub_http.close_session()
 
 
 @pytest.fixture(scope="session")

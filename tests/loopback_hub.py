@@ -206,6 +206,13 @@ class _Handler(BaseHTTPRequestHandler):
         if (repo := self.find(repo_id)) and (sha := self.find_commit(repo, revision or "main")):
             self.reply(repo.info(sha))
 
+    def tree(self, repo_id: str, revision: str):
+        if (repo := self.find(repo_id)) and (sha := self.find_commit(repo, revision)):
+            files = repo.commits[sha].items()
+            self.reply(
+                [{"type": "file", "path": p, "size": len(data), "oid": repo.etag(sha, p)[:40]} for p, data in files]
+            )
+
     def preupload(self, repo_id: str, revision: str):
         if self.find(repo_id, write=True):
             files = [
@@ -309,6 +316,7 @@ _ROUTES = (
     (r"/api/validate-yaml", _Handler.validate_yaml),
     (r"/api/repos/create", _Handler.create),
     (rf"/api/models/{_NAME}(?:/revision/(.+))?", _Handler.info),
+    (rf"/api/models/{_NAME}/tree/([^/]+)", _Handler.tree),
     (rf"/api/models/{_NAME}/preupload/(.+)", _Handler.preupload),
     (rf"/api/models/{_NAME}/commit/(.+)", _Handler.commit),
     (rf"/api/models/{_NAME}/tag/(.+)", _Handler.tag),

@@ -16,7 +16,7 @@ class LosslessBook:
     head_dim: int
     kind = "lossless"
     nbytes = 0
-    mean = torch.zeros(1)
+    device = torch.device("cpu")
 
     @property
     def token_bytes(self):

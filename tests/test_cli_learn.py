@@ -8,6 +8,7 @@ from tiny_models import tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from transformers_commvq.cards import License, make_card
 from transformers_commvq.cli import eval as eval_command
 from transformers_commvq.cli import learn as learn_command
 from transformers_commvq.codebook import Codebook
@@ -53,9 +54,17 @@ def test_learn_then_eval(checkpoint, texts, tmp_path, capsys):
         assert str(tmp_path) not in (folder / "config.json").read_text()
         assert set(json.loads((folder / "report.json").read_text())) == {"bits_per_head", "relative_error"}
     assert not (tmp_path / ".learning").exists()
-    words = [checkpoint, "--codebook", tmp_path / "tiny-CommVQ-1bit", "--bits", 1, "--text", texts[0], "--json"]
+    (folder / "README.md").write_text(make_card(folder, "someone/tiny-CommVQ-1bit", License("mit")))
+    words = [checkpoint, "--codebook", folder, "--bits", 1, "--text", texts[0], "--json", "--record"]
     assert run(eval_command, *words, "--windows", 1, "--length", 300) == 0
-    assert json.loads(capsys.readouterr().out)["caches"]["commvq-1"]["texts"]["plain.txt"]["kl"] > 0
+    measured = json.loads(capsys.readouterr().out)["caches"]["commvq-1"]["texts"]["plain.txt"]
+    assert measured["kl"] > 0
+    recorded = Codebook.load(folder)
+    assert recorded.sha256 == book.sha256 and recorded.evaluation["rows.jsonl"] == book.evaluation["rows.jsonl"]
+    assert recorded.evaluation["plain.txt"] == measured != book.evaluation["plain.txt"]
+    card = (folder / "README.md").read_text()
+    assert card == make_card(folder, folder.name, License("mit"))
+    assert f"| plain.txt | {measured['reference_perplexity']:.3f} | {measured['perplexity']:.3f} |" in card
 
 
 def test_learn_is_reproducible(checkpoint, texts, tmp_path):
@@ -110,7 +119,8 @@ def test_mistakes_of_eval_are_explained(checkpoint, texts, tmp_path):
         (["--task", "gsm8k"], "nothing to measure. Fix: give --file JSONL"),
         (["--text", texts[0], "--cache", "zip"], "'zip': expected dynamic"),
         (["--text", texts[0], "--cache", "fp8", "--codebook", "x"], "one commvq cache"),
-        (["--task", "passkey", "--depths", "2"], "depths from 0 to 1"),
+        (["--cache", "dynamic", "--task", "passkey", "--depths", "2"], "depths from 0 to 1"),
+        (["--text", texts[0], "--codebook", "someone/books", "--record"], "is no folder"),
     ):
         with pytest.raises(ConfigError, match=message):
             run(eval_command, checkpoint, *words)

@@ -1,4 +1,7 @@
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from transformers_commvq import (
     CodebookMismatchError,
     CodebookNotFoundError,
 )
+from transformers_commvq import codebook as module
 from transformers_commvq.codebook import CONFIG_FILE, TENSOR_FILE
 
 
@@ -36,6 +40,20 @@ def test_round_trip_is_bit_for_bit(saved):
             assert a.layout == b.layout
             assert a.tensors().keys() == b.tensors().keys()
             assert all(torch.equal(t, b.tensors()[k]) for k, t in a.tensors().items())
+
+
+def test_the_same_codebook_is_the_same_bytes(saved, tmp_path):
+    """Made twice, and saved again by another process: hashes name contents, so contents decide every byte."""
+    codebook(geometry(), 2).save(tmp_path / "twin")
+    program = (  # without the package's __init__, which takes seconds to import
+        "import sys, types; package = sys.modules['transformers_commvq'] = types.ModuleType('transformers_commvq')\n"
+        "package.__path__ = [sys.argv[1]]\n"
+        "from transformers_commvq.codebook import Codebook; Codebook.load(sys.argv[2]).save(sys.argv[3])"
+    )
+    arguments = [str(Path(module.__file__).parent), str(saved), str(tmp_path / "again")]
+    subprocess.run([sys.executable, "-c", program, *arguments], check=True, timeout=120)
+    for name in (CONFIG_FILE, TENSOR_FILE):
+        assert {(tmp_path / f / name).read_bytes() for f in ("twin", "again")} == {(saved / name).read_bytes()}
 
 
 def test_bits_count_every_code_bit():
@@ -71,7 +89,8 @@ def test_pinned_hash_is_checked(saved):
         (lambda c: c.update(format_version=99), CodebookFormatError, "pip install -U"),
         (lambda c: c.update(library_name="other"), CodebookFormatError, "no CommVQ codebook"),
         (lambda c: c.pop("files"), CodebookFormatError, "lacks"),
-        (lambda c: c["codec"].update(kind="index"), CodebookFormatError, "code kind"),
+        (lambda c: c["codec"].update(kind="rvq"), CodebookFormatError, "code kind"),
+        (lambda c: c["codec"].update(kind="index"), CodebookFormatError, "do not agree"),
         (lambda c: c.update(bits=1.0), CodebookFormatError, "other layers or bits"),
         (lambda c: c["codec"]["bits_per_head"].pop("1"), CodebookFormatError, "other layers or bits"),
         (lambda c: c["codec"]["bits_per_head"]["0"].update(keys=[24, 48]), CodebookFormatError, "expected"),

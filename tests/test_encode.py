@@ -109,8 +109,8 @@ def test_warm_start_never_loses():
 
 def test_unknown_kind_is_refused():
     book = sign_book((8,), 8)
-    book.kind = "index"
-    with pytest.raises(CodebookFormatError, match="index"):
+    book.kind = "rvq"
+    with pytest.raises(CodebookFormatError, match="rvq"):
         kind_of(book)
 
 

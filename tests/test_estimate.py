@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, Gemma3TextConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, DynamicCache, Gemma3TextConfig, LlamaConfig, Phi3Config, Qwen3Config
 
 from transformers_commvq import enable, estimate, layer, make_cache, ops
 from transformers_commvq.cli import estimate as command
@@ -248,6 +248,38 @@ def test_command_on_a_config_file(tmp_path, capsys):
     assert longest["plain"] < 131072 < longest["1"]
     table = run_command(capsys, path, "--weight-bits", "4.5")
     assert "RTX 4090" in table and "8.03 B parameters" in table
+
+
+GEOMETRIES = {
+    "llama": LlamaConfig(**SMALL),
+    "qwen3": Qwen3Config(**SMALL | {"head_dim": 32}),
+    "phi3, partial rotary": Phi3Config(
+        **{k: v for k, v in SMALL.items() if k != "head_dim"}, partial_rotary_factor=0.5, pad_token_id=0
+    ),
+}
+
+
+@pytest.mark.parametrize("bits", [1, 2])
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_what_the_command_prints_is_what_a_cache_holds(tmp_path, capsys, monkeypatch, name, bits):
+    """Within 0.5%: the command knows the config and the rate alone, and allows for padding."""
+    monkeypatch.delitem(ops.BACKENDS, "jit", raising=False)  # whose loops would be compiled for each of these sizes
+    model, book = enabled_model(GEOMETRIES[name], tmp_path, bits, torch.bfloat16)
+    assert book.bits == bits
+    model.config.save_pretrained(tmp_path)
+    told = run_command(capsys, str(tmp_path), "--context", "2001", "--bits", str(bits), "--dtype", "bfloat16", "--json")
+    real = real_bytes(model, 2000, 1)["total"]
+    assert json.loads(told)["compressed"][str(bits)]["cache_bytes"] == pytest.approx(real, rel=0.005)
+
+
+def test_command_takes_a_hub_id_and_fetches_no_weights(server, tmp_path, capsys):
+    LLAMA_31_8B.save_pretrained(tmp_path)
+    files = {"config.json": (tmp_path / "config.json").read_bytes(), "model.safetensors": b"16 GB of weights"}
+    server.add("meta/Llama", files)
+    table = run_command(capsys, "meta/Llama", "--bits", "1", "--gpu", "rtx4090")
+    assert "16.00 GiB" in table and "RTX 4090" in table
+    asked = {path.rsplit("/", 1)[-1] for _, path in server.log if "/resolve/" in path}
+    assert "config.json" in asked and not any(name.endswith(".safetensors") for name in asked)
 
 
 def test_command_errors(tmp_path, capsys):

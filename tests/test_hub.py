@@ -13,14 +13,10 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from huggingface_hub import constants, file_download
-from huggingface_hub.utils import _http as hub_http
-from loopback_hub import LoopbackHub
-from transformers import AutoModelForCausalLM, LlamaConfig
+from huggingface_hub import constants
 
 from transformers_commvq import hub, publish
 from transformers_commvq.cards import PICTURE, CardError, License, artefact_tag, make_card
@@ -35,7 +31,6 @@ from transformers_commvq.config import (
     CommVQConfig,
     ConfigError,
 )
-from transformers_commvq.geometry import read_model
 from transformers_commvq.packing import CodeLayout
 
 BASE, REPO = "smith/Base", "alice/Base-CommVQ-2bit"
@@ -80,25 +75,6 @@ def book(tmp_path) -> Codebook:
 @pytest.fixture
 def files(book, tmp_path) -> dict[str, bytes]:
     return files_of(tmp_path / "book")
-
-
-@pytest.fixture
-def server(monkeypatch, tmp_path):
-    """A Hub, and a client in this process that talks to nothing else and waits for no retry."""
-    with LoopbackHub({"token-alice": "alice", "token-bob": "bob"}) as running:
-        monkeypatch.setattr(constants, "ENDPOINT", running.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", running.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        for module in (hub_http, file_download):
-            monkeypatch.setattr(module, "time", SimpleNamespace(sleep=lambda seconds: None))
-        yield running
-    hub_http.close_session()
 
 
 def assert_same(a: Codebook, b: Codebook):
@@ -701,39 +677,6 @@ def test_commands_push_and_inspect(server, files, book, tmp_path, monkeypatch, c
     text = run_cli(inspect_command, capsys, str(tmp_path / "book"))
     for expected in (BASE, book.sha256, "2 bits an element", "perplexity 18.62 plain, 18.96", "24 32 | 32 40", tag):
         assert expected in text
-
-
-# As a user does it
-
-
-@torch.no_grad()
-def test_from_pretrained_beside_and_from_the_hub(server, tmp_path):
-    """A checkpoint with commvq/ beside it, and the same checkpoint with codebooks pushed and pulled: same logits."""
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-    )
-    model = AutoModelForCausalLM.from_config(config)
-    made = replace(make_book(), geometry=replace(read_model(model).geometry, id=BASE))
-    model.save_pretrained(tmp_path / "model")
-    made.save(tmp_path / "book")
-    done = push(tmp_path)
-    with pytest.raises(CodebookNotFoundError, match="base_model"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "model", kv_cache="commvq")
-    made.save(tmp_path / "model" / "commvq")
-    ids = torch.randint(0, 64, (1, 300), generator=torch.Generator().manual_seed(0))
-    logits = []
-    for spec in ("commvq", REPO, {"codebook": REPO, "revision": done.tag, "base_model": BASE}, None):
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", kv_cache=spec).eval()
-        past = loaded(ids[:, :-1], use_cache=True).past_key_values
-        logits.append(loaded(ids[:, -1:], past_key_values=past).logits)
-    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
-    assert not torch.equal(logits[0], logits[3]), "the last one has a plain cache"
 
 
 # Trust

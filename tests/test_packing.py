@@ -4,7 +4,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transformers_commvq import CodebookFormatError
-from transformers_commvq.packing import CodeLayout, pack, unpack
+from transformers_commvq.packing import (
+    CodeLayout,
+    index_bytes,
+    pack,
+    pack_indices,
+    split_scale,
+    unpack,
+    unpack_indices,
+    with_scale,
+)
 
 layouts = st.lists(st.integers(1, 24).map(lambda n: 8 * n), min_size=1, max_size=5).map(tuple)
 
@@ -42,3 +51,19 @@ def test_filled_up_bits_are_marked():
 def test_bad_bits_are_refused(bits):
     with pytest.raises(CodebookFormatError, match="multiples of 8"):
         CodeLayout(bits)
+
+
+@pytest.mark.parametrize("heads, stages", [(1, 1), (1, 2), (3, 5), (8, 11)])
+def test_indices_round_trip(heads, stages):
+    indices = torch.randint(0, 64, (2, 7, heads, stages, 2))
+    codes = pack_indices(indices)
+    assert codes.dtype == torch.uint8 and codes.shape == (2, 7, index_bytes(heads, stages))
+    assert torch.equal(unpack_indices(codes, heads, stages), indices.int())
+
+
+def test_golden_bytes_of_indices_and_scale():
+    indices = torch.tensor([[1, 2], [63, 0], [0b101010, 0b010101]]).view(1, 1, 1, 3, 2)
+    codes = with_scale(pack_indices(indices), torch.tensor([[-1.5]]))
+    assert codes.tolist() == [[[0b10000001, 0b11110000, 0b00000011, 0b01101010, 0b00000101, 0x00, 0xBE]]]
+    packed, scale = split_scale(codes)
+    assert torch.equal(packed, codes[..., :5]) and scale.tolist() == [[-1.5]]

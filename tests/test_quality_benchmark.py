@@ -106,8 +106,8 @@ def test_the_papers_key_codes_are_found_again():
     for stages in (1, 2):
         book = paper_codes.learn_keys(unit * scale, stages, seed=0)
         assert book.z.shape == (stages, 1, 64, 8)
-        codes = paper_codes.KINDS["paper-keys"].encode((unit * scale)[None], book)
-        decoded = paper_codes.KINDS["paper-keys"].features(codes, book)
+        codes = paper_codes.KINDS["index"].encode((unit * scale)[None], book)
+        decoded = paper_codes.KINDS["index"].features(codes, book)
         spread.append(((decoded - unit * scale).square().sum() / scale.square().sum()).item())
     assert spread[1] < spread[0] / 3 < 0.05
 

@@ -25,11 +25,12 @@ from transformers import PreTrainedModel
 from transformers_commvq import Codebook, CommVQCache, CommVQConfig, LayerBook, SignBook
 from transformers_commvq.calibration import CalibrationPlan, LayerSample, calibrate
 from transformers_commvq.geometry import read_model
+from transformers_commvq.index_book import ENTRIES, IndexBook
 from transformers_commvq.learning import LearningPlan, fit_head
 from transformers_commvq.ops.codec import KINDS, CodeKind
 from transformers_commvq.ops.encode import encode_signs
+from transformers_commvq.ops.index_codes import TOKENS, nearest_centres, times_i
 from transformers_commvq.packing import CodeLayout, unpack
-from transformers_commvq.paper import ENTRIES, TOKENS, PaperKeys, nearest_centres
 from transformers_commvq.storage import MakeCache
 
 STAGE_BITS = 12
@@ -50,8 +51,8 @@ class JointSigns:
         return self.signs.head_dim // self.heads
 
     @property
-    def mean(self) -> torch.Tensor:
-        return self.signs.mean
+    def device(self) -> torch.device:
+        return self.signs.device
 
     @property
     def token_bytes(self) -> int:
@@ -79,13 +80,13 @@ def _features(codes: torch.Tensor, book: JointSigns) -> torch.Tensor:
 
 
 def _project(features: torch.Tensor, mass: Any, book: JointSigns) -> torch.Tensor:
-    return features @ book.rows + mass * book.mean.view(book.heads, 1, -1)
+    return features @ book.rows + mass * book.signs.mean.view(book.heads, 1, -1)
 
 
 KINDS[JointSigns.kind] = CodeKind(_encode, _features, _project)
 
 
-def learn_keys(keys: torch.Tensor, stages: int, seed: int) -> PaperKeys:
+def learn_keys(keys: torch.Tensor, stages: int, seed: int) -> IndexBook:
     """EM, stage by stage. keys: (heads, tokens, head_dim) float32 before RoPE, the half-split layout."""
     generator = torch.Generator().manual_seed(seed)
     rest = keys / keys.transpose(0, 1).flatten(1).norm(dim=1)[:, None].clamp_min(1e-6)
@@ -98,16 +99,14 @@ def learn_keys(keys: torch.Tensor, stages: int, seed: int) -> PaperKeys:
             chosen = _assign(rest, z)
             z = torch.stack([_update(x, index) for x, index in zip(rest, chosen, strict=True)])
         learned.append(z)
-        book = PaperKeys(z[None])
-        for x, index, vectors, turned in zip(rest, _assign(rest, z), z, book.turned[0], strict=True):
+        for x, index, vectors, turned in zip(rest, _assign(rest, z), z, times_i(z), strict=True):
             x -= vectors[index[:, 0]] + turned[index[:, 1]]
-    return PaperKeys(torch.stack(learned))
+    return IndexBook(torch.stack(learned))
 
 
 def _assign(rest: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     """E-step: (heads, tokens, head_dim), (heads, 64, head_dim) -> indices (heads, tokens, 2)."""
-    book = PaperKeys(z[None])
-    parts = [nearest_centres(part[None], book)[0, :, :, 0] for part in rest.split(TOKENS, 1)]
+    parts = [nearest_centres(part[None], z[None])[0, :, :, 0] for part in rest.split(TOKENS, 1)]
     return torch.cat(parts).transpose(0, 1)
 
 
@@ -142,7 +141,7 @@ def stages_of(rate: float, dim: int) -> int:
     return max(1, round(rate * dim / STAGE_BITS))
 
 
-def learn_layer(sample: LayerSample, rates: Sequence[float], seed: int) -> tuple[PaperKeys, dict[float, JointSigns]]:
+def learn_layer(sample: LayerSample, rates: Sequence[float], seed: int) -> tuple[IndexBook, dict[float, JointSigns]]:
     """One layer's keys at the highest rate, whose first stages serve the others, and its values at every rate."""
     heads, tokens, dim = sample.keys.shape
     stride = max(1, tokens // SAMPLES)
@@ -180,7 +179,7 @@ def _file(folder: Path, layer: int) -> Path:
     return folder / f"layer-{layer}.safetensors"
 
 
-def _save(keys: PaperKeys, values: dict[float, JointSigns], path: Path) -> None:
+def _save(keys: IndexBook, values: dict[float, JointSigns], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     flat = {"z": keys.z}
     for rate, book in values.items():
@@ -193,4 +192,4 @@ def _save(keys: PaperKeys, values: dict[float, JointSigns], path: Path) -> None:
 def _load(path: Path, rate: float) -> LayerBook:
     z, vectors, mean = (load_file(path)[name] for name in ("z", f"{rate:g}.vectors", f"{rate:g}.mean"))
     signs = SignBook(CodeLayout((len(vectors),)), vectors, mean)
-    return LayerBook(PaperKeys(z[: stages_of(rate, z.shape[-1])]), JointSigns(signs, z.shape[1]))
+    return LayerBook(IndexBook(z[: stages_of(rate, z.shape[-1])]), JointSigns(signs, z.shape[1]))

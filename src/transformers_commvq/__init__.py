@@ -21,6 +21,7 @@ from .config import (
 )
 from .integration import disable, enable, make_cache
 from .loading import register, unregister
+from .publish import push_to_hub
 
 __version__ = "0.1.0"
 
@@ -44,6 +45,7 @@ __all__ = [
     "disable",
     "enable",
     "make_cache",
+    "push_to_hub",
     "register",
     "unregister",
 ]

@@ -12,7 +12,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -20,6 +20,7 @@ from .codebook import CONFIG_FILE, LIBRARY, TENSOR_FILE, Codebook
 from .config import CommVQError
 from .estimate import CacheShape, compressed_bytes, plain_bytes
 
+README = "README.md"
 PICTURE = "bits.png"  # a heat map of the bits of every head, which ``learn`` draws
 TEMPLATE_FILE = Path(__file__).with_name("card_template.md")
 TAG_PREFIX = "commvq-"  # of the tags that name an artefact by its hash
@@ -51,6 +52,25 @@ _COLUMNS = (
     ("tokens", "tokens", "{:,}"),
 )
 _NAMES = ("dataset", "data", "text", "name")
+
+# By kind of code: what the method is called, and limits of its own.
+_METHODS = {
+    "sign": "The method is a sign-code form of CommVQ",
+    "index": "The method is CommVQ, as its authors published it",
+}
+_LIMITS = {
+    "sign": "",
+    "index": """\
+- These are index codes, converted from the files that the authors of CommVQ published. Decoding with them is slower
+  than with the sign codes that `transformers-commvq learn` makes: keys are gathered from tables, the values of all
+  heads are one code, and the compiled CPU loops take sign codes only.
+- A token's code belongs to all key/value heads together, so they cannot be split over processes (tensor parallelism).
+""",
+}
+_MEASURED = """\
+Measured; lower is better. "Plain" is the same model on the same tokens with its uncompressed cache. KL is the mean
+divergence of the next-token distribution from that of the plain cache, in nats."""
+_NOT_MEASURED = "Not measured with this plugin. Measure it before you rely on it."
 
 
 class CardError(CommVQError, ValueError):
@@ -103,6 +123,16 @@ def make_card(folder: str | os.PathLike, repo_id: str, license: License) -> str:
     return render(book, config_json, size, repo_id, license, (folder / PICTURE).is_file())
 
 
+def renew_card(folder: str | os.PathLike) -> None:
+    """Write the README.md in a codebook's folder anew, under the license it states; without one, do nothing."""
+    path = Path(folder) / README
+    if not path.is_file():
+        return
+    stated = ModelCard.load(path).data
+    license = License(stated.license, stated.get("license_name"), stated.get("license_link"))
+    path.write_text(make_card(folder, path.resolve().parent.name, license))
+
+
 def render(
     book: Codebook, config_json: bytes, tensor_size: int, repo_id: str, license: License, picture: bool = False
 ) -> str:
@@ -142,6 +172,8 @@ def render(
         "file_rows": "\n".join(f"| {n} | {s:,} | `{h}` |" for n, (s, h) in sorted(hashes.items())),
         "format_version": json.loads(config_json)["format_version"],
         "codec": codec_line(book),
+        "kind_limits": _LIMITS[book.kind],
+        "kind_method": _METHODS[book.kind],
         "license": license.name or license.id,
     }
     return Template(TEMPLATE_FILE.read_text()).substitute(fields)
@@ -191,9 +223,9 @@ def codec_line(book: Codebook) -> str:
     sides = {}
     for side in ("keys", "values"):
         books = [getattr(layer, side) for layer in book.layers.values()]
-        heads = [n / b.head_dim for b in books for n in b.layout.bits]
+        heads = [n / b.head_dim for b in books for n in b.bits_per_head]
         sides[side] = f"{side} {sum(heads) / len(heads):.2f} ({min(heads):.3g} to {max(heads):.3g})"
-    return f"{books[0].kind} codes; bits an element, mean (range over heads): {sides['keys']}, {sides['values']}"
+    return f"{book.kind} codes; bits an element, mean (range over heads): {sides['keys']}, {sides['values']}"
 
 
 def size(count: int) -> str:
@@ -218,6 +250,8 @@ def _memory_rows(book: Codebook) -> Iterator[str]:
 
 def _quality(evaluation: dict[str, Any]) -> str:
     rows = list(measurements(evaluation))
+    if not rows:
+        return _NOT_MEASURED
     columns = [c for c in _COLUMNS if any(_is_number(row.get(c[0])) for _, row in rows)]
     lines = ["| text | " + " | ".join(label for _, label, _ in columns) + " |", "|---|" + "---:|" * len(columns)]
     for name, row in rows:
@@ -225,7 +259,7 @@ def _quality(evaluation: dict[str, Any]) -> str:
         lines.append(f"| {name or 'held-out text'} | " + " | ".join(cells) + " |")
     shown = {id(row): {key for key, _, _ in _COLUMNS} | set(_NAMES) for _, row in rows}
     rest = list(_described(evaluation, shown))
-    return "\n".join([*lines, *([""] if rest else []), *rest])
+    return "\n".join([_MEASURED, "", *lines, *([""] if rest else []), *rest])
 
 
 def _described(values: dict[str, Any], shown: dict[int, set[str]] | None = None, prefix: str = "") -> Iterator[str]:

@@ -3,7 +3,9 @@
 A folder with two files is one artefact:
 
     config.json             format_version, bits, geometry and RoPE of the base model, sha256 and size of the tensors
-    codebooks.safetensors   layers.I.keys.vectors, .mean, .metric; layers.I.values.vectors, .mean
+    codebooks.safetensors   layers.I.keys.NAME and layers.I.values.NAME, the tensors of the layer's books
+
+``codec.kind`` of config.json says which: "sign" (SignBook for both) or "index" (index_book).
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import hashlib
 import json
 import os
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from .config import CodebookFormatError, CodebookIntegrityError, CodebookMismatchError, CodebookNotFoundError
+from .index_book import IndexBook, JointBinaryBook
 from .packing import CodeLayout
 
 FORMAT_VERSION = 1
@@ -69,6 +72,14 @@ class SignBook:
         return self.mean.shape[1]
 
     @property
+    def device(self) -> torch.device:
+        return self.vectors.device
+
+    @property
+    def bits_per_head(self) -> tuple[int, ...]:
+        return self.layout.bits
+
+    @property
     def token_bytes(self) -> int:
         """Bytes of one token's codes, all heads."""
         return self.layout.total_bytes
@@ -105,8 +116,8 @@ class SignBook:
 class LayerBook:
     """The codebooks of one attention layer. Never changed once made, so copies of a cache share it."""
 
-    keys: SignBook
-    values: SignBook
+    keys: SignBook | IndexBook
+    values: SignBook | JointBinaryBook
 
     def __deepcopy__(self, memo: dict) -> LayerBook:
         return self
@@ -169,6 +180,11 @@ class Codebook:
         return self
 
     @property
+    def kind(self) -> str:
+        """The kind of code, by that of the keys: "sign" or "index"."""
+        return next(iter(self.layers.values())).keys.kind
+
+    @property
     def bits(self) -> float:
         return 8 * self.token_bytes / self.elements_per_token
 
@@ -218,9 +234,9 @@ class Codebook:
             "bits": self.bits,
             "base_model": _plain(asdict(self.geometry)),
             "codec": {
-                "kind": SignBook.kind,
+                "kind": self.kind,
                 "bits_per_head": {
-                    str(i): {"keys": list(b.keys.layout.bits), "values": list(b.values.layout.bits)}
+                    str(i): {"keys": list(b.keys.bits_per_head), "values": list(b.values.bits_per_head)}
                     for i, b in self.layers.items()
                 },
             },
@@ -260,7 +276,8 @@ class Codebook:
             raise CodebookFormatError(f"{folder / TENSOR_FILE} is no safetensors file: {error}.") from error
         try:
             geometry = ModelGeometry(**{**config["base_model"], "layers": tuple(config["base_model"]["layers"])})
-            layers = {int(i): _layer(flat, int(i), bits) for i, bits in config["codec"]["bits_per_head"].items()}
+            make, codec = _MAKERS[config["codec"]["kind"]], config["codec"]
+            layers = {int(i): make(flat, int(i), bits) for i, bits in codec["bits_per_head"].items()}
         except (KeyError, TypeError, AttributeError) as error:
             raise CodebookFormatError(f"{folder}: config.json and the tensors do not agree: {error!r}.") from error
         book = cls(geometry, layers, config.get("calibration", {}), config.get("evaluation", {}), got)
@@ -289,15 +306,15 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
     missing = {"bits", "base_model", "codec", "files"} - set(config)
     if missing or TENSOR_FILE not in config["files"]:
         raise CodebookFormatError(f"{path} lacks {sorted(missing) or TENSOR_FILE}.")
-    if config["codec"].get("kind") != SignBook.kind:
+    if config["codec"].get("kind") not in _MAKERS:
         raise CodebookFormatError(
-            f"{path} has code kind {config['codec'].get('kind')!r}; known: {SignBook.kind!r}. "
+            f"{path} has code kind {config['codec'].get('kind')!r}; known: {sorted(_MAKERS)}. "
             "Fix: pip install -U transformers-commvq"
         )
     return config
 
 
-def _layer(flat: dict[str, torch.Tensor], index: int, bits: dict[str, list[int]]) -> LayerBook:
+def _sign_layer(flat: dict[str, torch.Tensor], index: int, bits: dict[str, list[int]]) -> LayerBook:
     sides = {}
     for side, with_metric in (("keys", True), ("values", False)):
         prefix = f"layers.{index}.{side}."
@@ -308,6 +325,18 @@ def _layer(flat: dict[str, torch.Tensor], index: int, bits: dict[str, list[int]]
             flat.get(prefix + "metric") if with_metric else None,
         )
     return LayerBook(**sides)
+
+
+def _index_layer(flat: dict[str, torch.Tensor], index: int, bits: dict[str, list[float]]) -> LayerBook:
+    keys = IndexBook(flat[f"layers.{index}.keys.z"])
+    names = [f.name for f in fields(JointBinaryBook) if f.name != "heads"]
+    values = JointBinaryBook(*(flat[f"layers.{index}.values.{name}"] for name in names), heads=keys.heads)
+    if tuple(bits["keys"]) != keys.bits_per_head or tuple(bits["values"]) != values.bits_per_head:
+        raise CodebookFormatError(f"layer {index}: config.json states other bits than its tensors hold.")
+    return LayerBook(keys, values)
+
+
+_MAKERS = {SignBook.kind: _sign_layer, IndexBook.kind: _index_layer}
 
 
 def _plain(value: Any) -> Any:

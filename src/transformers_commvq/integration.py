@@ -37,12 +37,24 @@ class Enabled:
     heads: tuple[int, int] | None = None
     handles: list[Any] = field(default_factory=list)
 
-    def codebook(self, config: CommVQConfig, model: PreTrainedModel) -> Codebook:
-        """The codebooks for a config, each layer's where that layer computes now."""
+    def codebook(
+        self,
+        config: CommVQConfig,
+        model: PreTrainedModel,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+    ) -> Codebook:
+        """The codebooks for a config, each layer's where that layer computes now; the rest as for ``enable``."""
         key = str((config.bits, config.codebook, config.revision, config.base_model))
         book = self.codebooks.get(key)
         if book is None:
-            book = hub.resolve(config, self.reading.geometry, on_missing=lambda config, _: learn_missing(model, config))
+            book = hub.resolve(
+                config,
+                self.reading.geometry,
+                token=token,
+                local_files_only=local_files_only,
+                on_missing=lambda config, _: learn_missing(model, config),
+            )
             if self.heads:
                 book = replace(book, layers={i: layer.select_heads(*self.heads) for i, layer in book.layers.items()})
         self.codebooks[key] = _placed(book, self.reading)
@@ -54,7 +66,7 @@ def _placed(book: Codebook, reading: ModelReading) -> Codebook:
     moved = {}
     for i, layer in book.layers.items():
         device = _device(reading.attention[i])
-        moved[i] = layer if layer.keys.mean.device == device else layer.to(device)
+        moved[i] = layer if layer.keys.device == device else layer.to(device)
     if all(moved[i] is layer for i, layer in book.layers.items()):
         return book
     return replace(book, layers=moved)
@@ -88,11 +100,19 @@ def _local_heads(model: PreTrainedModel, heads: int) -> tuple[int, int] | None:
     return rank * share, (rank + 1) * share
 
 
-def enable(model: PreTrainedModel, kv_cache: Any = METHOD) -> PreTrainedModel:
+def enable(
+    model: PreTrainedModel,
+    kv_cache: Any = METHOD,
+    *,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> PreTrainedModel:
     """Make a model use a compressed KV cache wherever it would make its own.
 
     model: a transformers model, or a PEFT or compiled wrapper of one.
     kv_cache: "commvq" (2 bits), a codebook folder or Hub id, a dict of CommVQConfig fields, or a CommVQConfig.
+    token, local_files_only: for a Hub repository of codebooks, as in ``from_pretrained``, which hands its own on. The
+        token is not kept.
     Returns the model, changed in place: generate() and plain forwards with ``use_cache`` now make a CommVQCache. The
     weights are not touched. Enabling again replaces the settings.
 
@@ -111,7 +131,8 @@ def enable(model: PreTrainedModel, kv_cache: Any = METHOD) -> PreTrainedModel:
     if state := model.__dict__.get(_STATE):
         previous = state.previous
     state = Enabled(config, reading, {}, previous, _local_heads(model, reading.geometry.num_key_value_heads))
-    state.codebook(config, model)  # everything that can fail has happened before the model is changed
+    # Everything that can fail has happened before the model is changed.
+    state.codebook(config, model, token, local_files_only)
     disable(model)
     attention.register()
     _warn_if_little_is_compressed(reading)

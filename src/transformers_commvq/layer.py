@@ -114,7 +114,7 @@ class CommVQLayer(BaseQuantizedLayer):
                     f"{name} have {states.shape[1]} heads of {states.shape[3]} elements, the codebook {book.heads} of "
                     f"{book.head_dim}. Fix: use codebooks of this model."
                 )
-        if self.book.keys.mean.device != self.device:
+        if self.book.keys.device != self.device:
             self.book = self.book.to(self.device)
         self.key_codes, self.value_codes = (
             torch.empty(self.batch_size, 0, book.token_bytes, dtype=torch.uint8, device=self.device)

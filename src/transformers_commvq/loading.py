@@ -9,6 +9,8 @@ import functools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -27,6 +29,8 @@ from .integration import disable, enable, is_enabled
 
 _lock = threading.Lock()
 _default: CommVQConfig | None = None  # see kv_cache_by_default
+# How the from_pretrained that is running reaches the Hub; transformers does not tell a quantizer.
+_access: ContextVar[dict[str, Any]] = ContextVar("transformers_commvq_access", default=MappingProxyType({}))
 
 
 @contextmanager
@@ -57,19 +61,24 @@ def _wrap_from_pretrained() -> None:
             kv_cache = CommVQConfig.from_spec(kv_cache)  # wrong settings are told before weights are loaded
         if ours := isinstance(kwargs.get("quantization_config"), CommVQConfig):
             _check_slot_is_free(args, kwargs)
-        result = original(cls, *args, **kwargs)
+        access = {name: kwargs[name] for name in ("token", "local_files_only") if name in kwargs}
+        outer = _access.set(access)
+        try:
+            result = original(cls, *args, **kwargs)
+        finally:
+            _access.reset(outer)
         model = result[0] if isinstance(result, tuple) else result
         if ours and not is_enabled(model):
             raise ConfigError(_SLOT_TAKEN.format(method=_method(getattr(model.config, "quantization_config", None))))
         if kv_cache is False:
             disable(model)
         elif kv_cache is not None:
-            enable(model, kv_cache)
+            enable(model, kv_cache, **access)
         elif not is_enabled(model):
             if saved := _saved_settings(model):
-                _enable_as_saved(model, saved)
+                _enable_as_saved(model, saved, access)
             elif _default is not None:
-                enable(model, _default)
+                enable(model, _default, **access)
         return result
 
     from_pretrained._commvq_original = original
@@ -92,9 +101,7 @@ def _check_slot_is_free(args: tuple, kwargs: dict) -> None:
     config = kwargs.get("config")
     if not isinstance(config, PreTrainedConfig):
         path = config or kwargs.get("pretrained_model_name_or_path") or (args[0] if args else None)
-        wanted = {
-            k: kwargs[k] for k in ("revision", "subfolder", "token", "cache_dir", "local_files_only") if k in kwargs
-        }
+        wanted = {k: kwargs[k] for k in _WHERE if k in kwargs}
         try:
             config = PreTrainedConfig.from_dict(PreTrainedConfig.get_config_dict(path, **wanted)[0])
         except (OSError, ValueError, TypeError):
@@ -118,9 +125,9 @@ def _saved_settings(model: nn.Module) -> dict | None:
     return saved if isinstance(saved, dict) and saved.get("quant_method") == METHOD else None
 
 
-def _enable_as_saved(model: PreTrainedModel, saved: dict) -> None:
+def _enable_as_saved(model: PreTrainedModel, saved: dict, access: dict[str, Any]) -> None:
     try:
-        enable(model, saved)
+        enable(model, saved, **access)
     except CommVQError as error:
         raise type(error)(
             f"{error} (This checkpoint was saved with a compressed KV cache; kv_cache=False loads it without.)"
@@ -160,7 +167,7 @@ class CommVQQuantizer(HfQuantizer):
         model.is_quantized = False  # the weights are plain: .half(), .to() and save_pretrained must keep working
         if not isinstance(self.quantization_config, CommVQConfig):
             raise ConfigError(f"quantization_config is a {type(self.quantization_config).__name__}, not CommVQConfig.")
-        return enable(model, self.quantization_config)
+        return enable(model, self.quantization_config, **_access.get())
 
     def is_serializable(self, *args, **kwargs) -> bool:
         return True

@@ -5,6 +5,9 @@ A code is a vector of n signs, n a multiple of 8. Sign j sits in bit ``j % 8`` (
 side by side in a token's row, each with its own n and without padding:
 
     codes: uint8 (batch, tokens, bytes), bytes = sum over heads of n / 8
+
+Index codes are two 6-bit indices a stage, 12 bits, the first index in the lower ones; heads and their stages lie end to
+end, least significant bit first, filled up to whole bytes. A row may end in a float16 scale of its own.
 """
 
 from __future__ import annotations
@@ -108,3 +111,49 @@ def unpack(codes: torch.Tensor, layout: CodeLayout, dtype: torch.dtype = torch.f
     octets = codes.index_select(-1, columns.flatten()).view(batch, tokens, layout.heads, -1).transpose(1, 2)
     table = sign_table(dtype, codes.device)
     return torch.nn.functional.embedding(octets.int(), table).flatten(-2)
+
+
+INDEX_BITS = 6  # of one index; a stage holds two
+
+
+def index_bytes(heads: int, stages: int) -> int:
+    """Bytes of one token's indices."""
+    return -(-heads * stages * 2 * INDEX_BITS // 8)
+
+
+def pack_indices(indices: torch.Tensor) -> torch.Tensor:
+    """Pack pairs of 6-bit indices into token rows.
+
+    indices: (batch, tokens, heads, stages, 2), integers in [0, 64).
+    Returns uint8 (batch, tokens, index_bytes(heads, stages)).
+    """
+    pairs = (indices[..., 0] | indices[..., 1] << INDEX_BITS).flatten(2)
+    count = pairs.shape[-1]
+    even, odd = torch.nn.functional.pad(pairs, (0, count % 2)).unflatten(-1, (-1, 2)).unbind(-1)
+    octets = torch.stack([even & 255, even >> 8 | (odd & 15) << 4, odd >> 4], -1).to(torch.uint8)
+    return octets.flatten(-2)[..., : index_bytes(1, count)].contiguous()
+
+
+def unpack_indices(codes: torch.Tensor, heads: int, stages: int) -> torch.Tensor:
+    """The inverse of ``pack_indices``: uint8 (batch, tokens, bytes) -> int32 (batch, tokens, heads, stages, 2)."""
+    count = heads * stages
+    low, middle, high = torch.nn.functional.pad(codes.int(), (0, count % 2)).unflatten(-1, (-1, 3)).unbind(-1)
+    pairs = torch.stack([low | (middle & 15) << 8, middle >> 4 | high << 4], -1).flatten(-2)[..., :count]
+    return torch.stack([pairs & 63, pairs >> INDEX_BITS], -1).unflatten(2, (heads, stages))
+
+
+SCALE_BYTES = 2
+
+
+def with_scale(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Rows that end in a float16: uint8 (batch, tokens, bytes), float (batch, tokens) -> SCALE_BYTES wider."""
+    limit = torch.finfo(torch.float16).max
+    tail = scale.clamp(-limit, limit).to(torch.float16)[..., None].contiguous().view(torch.uint8)
+    return torch.cat([codes, tail], -1)
+
+
+def split_scale(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inverse of ``with_scale``; the scale as float32 (batch, tokens)."""
+    # A copy: two bytes at an odd place cannot be viewed as one number.
+    scale = codes[..., -SCALE_BYTES:].clone(memory_format=torch.contiguous_format).view(torch.float16)[..., 0]
+    return codes[..., :-SCALE_BYTES], scale.float()

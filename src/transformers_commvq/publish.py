@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
 
-from .cards import PICTURE, CardError, License, artefact_tag, check_publishable, render
+from .cards import PICTURE, README, CardError, License, artefact_tag, check_publishable, render
 from .codebook import CONFIG_FILE, LIBRARY, TENSOR_FILE, Codebook
 from .config import CodebookError, ConfigError
 from .hub import hub_errors, is_hub_id, rates_agree
-
-README = "README.md"
 
 
 @dataclass(frozen=True)
@@ -93,6 +92,24 @@ def push(
         )
         api.create_tag(repo_id, tag=sent.tag, revision=commit.oid, exist_ok=True)
     return Published(repo_id, commit.oid, sent.tag, sent.book.sha256)
+
+
+def push_to_hub(
+    book: Codebook,
+    repo_id: str,
+    *,
+    license: License | None = None,
+    base_model: str | None = None,
+    private: bool = False,
+    token: str | None = None,
+) -> Published:
+    """``Codebook.push_to_hub``: publish a codebook and its card; arguments and errors as for ``push``."""
+    with tempfile.TemporaryDirectory() as folder:
+        return push(book.save(folder), repo_id, license=license, base_model=base_model, private=private, token=token)
+
+
+# A codebook itself moves no files over a network; whoever can publish gives it the method that users look for.
+Codebook.push_to_hub = push_to_hub
 
 
 def inherited_license(api: HfApi, base_model: str) -> License:

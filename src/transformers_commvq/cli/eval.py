@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base-model", metavar="ID", help="Hub id of a model that is loaded from a folder")
     parser.add_argument("--dtype", default="auto", help="dtype of the model: auto, float32, bfloat16 or float16")
     parser.add_argument("--device", default="cpu", help="where the model runs")
+    parser.add_argument("--record", action="store_true", help="put the results into the codebook folder and its card")
     parser.add_argument("--json", action="store_true", help="print json")
 
 
@@ -68,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
     names = args.cache or [f"commvq-{args.bits:g}"]
     if args.codebook and sum(name.startswith("commvq") for name in names) != 1:
         raise ConfigError(f"--codebook is for one commvq cache; --cache names {', '.join(names)}.")
+    if args.record and not (args.codebook and Path(args.codebook).is_dir()):
+        raise ConfigError(f"--record: --codebook {args.codebook} is no folder. Fix: name a codebook folder.")
     with shared() as share:
         model, tokenizer, base_model = load(args.model, args.dtype, share.device(args.device), args.base_model)
         config = CommVQConfig(
@@ -81,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
             with contender(model, name, config) as make:
                 report["caches"][name] = _measure(args, share, model, tokenizer, make, texts, haystack, problems)
     if share.rank == 0:
+        if args.record:
+            _record(args.codebook, next(row for name, row in report["caches"].items() if name.startswith("commvq")))
         print(json.dumps(report, indent=2) if args.json else summary(report))
     return 0
 
@@ -107,6 +112,21 @@ def _measure(args, share, model, tokenizer, make, texts, haystack, problems) -> 
         answers = tasks.gsm8k(model, tokenizer, make, problems, **counts, chunk=args.chunk, run=share.map)
         out["gsm8k"] = {**counts, "accuracy": tasks.accuracy(answers, problems), "answers": answers}
     return out
+
+
+def _record(folder: str, measured: dict) -> None:
+    """Put a cache's part of the report into a codebook's config.json, and into its card if it has one."""
+    from ..cards import renew_card
+    from ..codebook import Codebook
+
+    book = Codebook.load(folder)
+    book.evaluation |= measured.get("texts", {})
+    if "passkey" in measured:
+        book.evaluation["passkey"] = measured["passkey"]
+    if "gsm8k" in measured:
+        book.evaluation["gsm8k"] = {k: v for k, v in measured["gsm8k"].items() if k != "answers"}
+    book.save(folder)
+    renew_card(folder)
 
 
 def summary(report: dict) -> str:

@@ -19,15 +19,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from ..codebook import CONFIG_FILE, TENSOR_FILE
+    from ..codebook import CONFIG_FILE, TENSOR_FILE, Codebook
     from ..config import ConfigError
-    from ..hub import download, load, pull
+    from ..hub import download, pull
 
     folder = Path(args.codebook).expanduser()
     if folder.is_dir():
         if args.revision:
             raise ConfigError("--revision: a folder has no revisions. Fix: leave it out.")
-        book, commit = load(folder), None
+        book, commit = Codebook.load(folder), None
     else:
         book = pull(args.codebook, args.revision)
         folder = download(args.codebook, args.revision, local_files_only=True)
@@ -104,5 +104,5 @@ def _text(report: dict, every_head: bool) -> str:
 
 def _bits(bits: list[int], every_head: bool) -> str:
     if every_head or len(bits) <= 4:
-        return " ".join(map(str, bits))
-    return f"{min(bits)} to {max(bits)}, mean {sum(bits) / len(bits):.0f}"
+        return " ".join(f"{n:g}" for n in bits)
+    return f"{min(bits):g} to {max(bits):g}, mean {sum(bits) / len(bits):.0f}"

@@ -110,7 +110,7 @@ def heat_map(path, book) -> bool:
         return False
     figure = Figure(figsize=(2 + 0.5 * next(iter(book.layers.values())).keys.heads, 1.5 + 0.18 * len(book.layers)))
     layers = list(book.layers)
-    tables = {s: [[n / getattr(b, s).head_dim for n in getattr(b, s).layout.bits] for b in book.layers.values()]
+    tables = {s: [[n / getattr(b, s).head_dim for n in getattr(b, s).bits_per_head] for b in book.layers.values()]
               for s in ("keys", "values")}  # fmt: skip
     top = max(max(map(max, table)) for table in tables.values())
     for place, (side, table) in enumerate(tables.items(), 1):

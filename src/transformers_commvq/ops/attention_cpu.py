@@ -10,12 +10,13 @@ import torch
 
 from .codec import decode, kind_of
 from .merge import OnlineSoftmax
-from .past import CodedPast, softcapped, visible
+from .past import CodedPast, softcapped, some_queries, visible
 
 BLOCK = 1024  # tokens decoded at a time
 QUERIES = 512  # queries at a time, so that scores stay small when a long prompt meets a long past
 
 
+@some_queries(QUERIES)
 def attention_blockwise(
     query: torch.Tensor,
     past: CodedPast,
@@ -24,12 +25,6 @@ def attention_blockwise(
     softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ops.attention."""
-    if query.shape[2] > QUERIES:
-        parts = []
-        for a in range(0, query.shape[2], QUERIES):
-            rows = mask if mask is None or mask.shape[2] == 1 else mask[:, :, a : a + QUERIES]
-            parts.append(attention_blockwise(query[:, :, a : a + QUERIES], past, rows, scaling, softcap))
-        return tuple(torch.cat(p, 2) for p in zip(*parts, strict=True))
     batch, heads, count, dim = query.shape
     groups = heads // past.heads
     scaled = query.float().reshape(batch, past.heads, groups * count, dim) * scaling

@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 
+from ..codebook import SignBook
 from ..config import CodebookFormatError
+from ..index_book import IndexBook, JointBinaryBook
 from ..packing import unpack
-from . import gpu
+from . import gpu, index_codes
 from .encode import encode_signs
 
 
@@ -46,7 +48,11 @@ def _sign_project(features, mass, book):
     return features @ book.padded() + mass * book.mean[:, None]
 
 
-KINDS: dict[str, CodeKind] = {"sign": CodeKind(_sign_codes, _sign_features, _sign_project)}
+KINDS: dict[str, CodeKind] = {
+    SignBook.kind: CodeKind(_sign_codes, _sign_features, _sign_project),
+    IndexBook.kind: CodeKind(index_codes.encode_keys, index_codes.key_features, index_codes.key_project),
+    JointBinaryBook.kind: CodeKind(index_codes.encode_values, index_codes.value_features, index_codes.value_project),
+}
 
 
 def kind_of(book: Any) -> CodeKind:

@@ -13,11 +13,12 @@ from functools import cache
 import torch
 
 from ..codebook import LayerBook, SignBook
-from ..packing import CodeLayout
+from ..index_book import ENTRIES, IndexBook, JointBinaryBook
+from ..packing import CodeLayout, pack_indices, with_scale
 from ..positions import PositionTrack
 from ..rope import Rope, angles
 from .encode import encode_signs
-from .past import CodedPast
+from .past import Attend, CodedPast
 
 NOT_INSTALLED = "triton is not installed. Fix: pip install 'transformers-commvq[triton]'"
 
@@ -40,40 +41,42 @@ def obstacle(query: torch.Tensor, past: CodedPast) -> str | None:
         return f"the tensors are on {query.device.type}"
     if not installed():
         return NOT_INSTALLED
-    from .attention_triton import supports
-
+    supports, _ = _kernels(past.book.keys.kind)
     if not supports(query, past):
         return "the codes are of a kind or width that the kernels do not take"
-    return self_check(query.device)
+    return self_check(query.device, past.book.keys.kind)
+
+
+def _kernels(kind: str) -> tuple[Callable[..., bool], Attend]:
+    """What tells whether the kernels for a kind of code can do something, and what does it."""
+    if kind == IndexBook.kind:
+        from .attention_index import attention_index, supports
+
+        return supports, attention_index
+    from .attention_triton import attention_triton, supports
+
+    return supports, attention_triton
 
 
 @cache
-def self_check(device: torch.device) -> str | None:
-    """Once a process, the attention kernels against plain torch on a small random past; what is wrong, or None.
+def self_check(device: torch.device, kind: str = SignBook.kind) -> str | None:
+    """Once a process, the attention kernels of one kind of code against plain torch; what is wrong, or None.
+
+    kind: of the keys' codes. The past they are compared on is small and random.
 
     A kernel that compiles wrongly for some GPU must not answer silently with wrong attention.
     """
     from .attention_cpu import attention_blockwise
-    from .attention_triton import attention_triton
 
-    tokens, dim, pairs = 200, 64, 32
     with torch.device("cpu"):
         generator = torch.Generator().manual_seed(0)
-        positions = torch.arange(tokens)[None]
-        track = PositionTrack(10000.0 ** (-torch.arange(pairs) / pairs), 1.0)
-        track.extend(0, positions, *angles(positions, track.inv_freq))
-        book = LayerBook(*(_random_book(bits, dim, generator) for bits in ((40, 64), (64, 24))))
-        codes = (
-            torch.randint(256, (1, tokens, side.token_bytes), generator=generator).to(torch.uint8)
-            for side in (book.keys, book.values)
-        )
-        past = CodedPast(*codes, book, Rope("half", dim), track)
-        query = torch.randn(1, 4, 1, dim, generator=generator).half()
+        past = _index_past(generator) if kind == IndexBook.kind else _sign_past(generator)
+        query = torch.randn(1, 4, 1, past.book.keys.head_dim, generator=generator).half()
         want, _ = attention_blockwise(query, past, None, 0.125)
 
     def error() -> float:
         past.keys, past.values, past.book = past.keys.to(device), past.values.to(device), past.book.to(device)
-        got, _ = attention_triton(query.to(device), past, None, 0.125)
+        got, _ = _kernels(kind)[1](query.to(device), past, None, 0.125)
         return ((got.cpu() - want).norm() / want.norm()).item()
 
     return _complaint(error, 5e-3, device)
@@ -101,6 +104,38 @@ def encoder_check(device: torch.device) -> str | None:
         return (got / want - 1).abs().item()
 
     return _complaint(error, 1e-2, device)
+
+
+def _past(keys: torch.Tensor, values: torch.Tensor, book: LayerBook) -> CodedPast:
+    tokens, dim = keys.shape[1], book.keys.head_dim
+    positions = torch.arange(tokens)[None]
+    track = PositionTrack(10000.0 ** (-torch.arange(dim // 2) / (dim // 2)), 1.0)
+    track.extend(0, positions, *angles(positions, track.inv_freq))
+    return CodedPast(keys, values, book, Rope("half", dim), track)
+
+
+def _sign_past(generator: torch.Generator, tokens: int = 200, dim: int = 64) -> CodedPast:
+    book = LayerBook(*(_random_book(bits, dim, generator) for bits in ((40, 64), (64, 24))))
+    codes = (
+        torch.randint(256, (1, tokens, side.token_bytes), generator=generator).to(torch.uint8)
+        for side in (book.keys, book.values)
+    )
+    return _past(*codes, book)
+
+
+def _index_past(generator: torch.Generator, tokens: int = 200, dim: int = 64) -> CodedPast:
+    heads, stages, bits = 2, 3, 72
+    keys = IndexBook(torch.randn(stages, heads, ENTRIES, dim, generator=generator) / dim**0.5)
+    width = heads * dim
+    encoder = [torch.zeros(shape) for shape in ((width,), (8, width), (8,), (2 * bits, 8), (2 * bits,))]
+    rows = torch.randn(bits, width, generator=generator) / bits**0.5
+    values = JointBinaryBook(rows, torch.ones(width), torch.ones(width), *encoder, heads=heads)
+    indices = torch.randint(ENTRIES, (1, tokens, heads, stages, 2), generator=generator)
+    octets = torch.randint(256, (1, tokens, bits // 8), generator=generator).to(torch.uint8)
+    scales = torch.rand(2, 1, tokens, generator=generator) + 0.5
+    return _past(
+        with_scale(pack_indices(indices), 4 * scales[0]), with_scale(octets, scales[1]), LayerBook(keys, values)
+    )
 
 
 def _random_book(
@@ -141,9 +176,10 @@ def held_bytes(book: LayerBook) -> int:
     """Bytes of what the kernels read in place of a layer's codebooks, as far as it was made."""
     if not available():
         return 0
-    from . import encode_triton, triton_tables
+    from . import attention_index, encode_triton, triton_tables
 
-    return triton_tables.held_bytes(book) + sum(map(encode_triton.held_bytes, (book.keys, book.values)))
+    held = triton_tables.held_bytes(book) + attention_index.held_bytes(book.keys)
+    return held + sum(map(encode_triton.held_bytes, (book.keys, book.values)))
 
 
 def attention_gpu(
@@ -159,6 +195,4 @@ def attention_gpu(
 
         warn_once("attention over codes", reason)
         return attention_blockwise(query, past, mask, scaling, softcap)
-    from .attention_triton import attention_triton
-
-    return attention_triton(query, past, mask, scaling, softcap)
+    return _kernels(past.book.keys.kind)[1](query, past, mask, scaling, softcap)

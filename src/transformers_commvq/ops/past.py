@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
 
 from ..positions import PositionTrack
 from ..rope import Rope
+
+Attend = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass
@@ -54,6 +58,25 @@ def visible(past: CodedPast, mask: torch.Tensor | None, start: int, stop: int) -
         hide = torch.zeros(inside.shape, device=inside.device).masked_fill_(inside, -torch.inf)[:, None, None]
         bias = hide if bias is None else bias + hide
     return bias
+
+
+def some_queries(limit: int) -> Callable[[Attend], Attend]:
+    """Decorator of an attention function (see ops.attention): it is given at most ``limit`` queries at a time."""
+
+    def limited(attend: Attend) -> Attend:
+        @wraps(attend)
+        def inner(query, past, mask, scaling, softcap=None):
+            if query.shape[2] <= limit:
+                return attend(query, past, mask, scaling, softcap)
+            parts = []
+            for a in range(0, query.shape[2], limit):
+                rows = mask if mask is None or mask.shape[2] == 1 else mask[:, :, a : a + limit]
+                parts.append(attend(query[:, :, a : a + limit], past, rows, scaling, softcap))
+            return tuple(torch.cat(p, 2) for p in zip(*parts, strict=True))
+
+        return inner
+
+    return limited
 
 
 def softcapped(scores: torch.Tensor, softcap: float | None) -> torch.Tensor:

@@ -37,7 +37,7 @@ def _gather(acc, words, weights, decay):
 
 
 @triton.jit
-def _turned(query, element_x, element_y, keep_x, keep_y, cos_ptr, sin_ptr, start, STARTS: tl.constexpr):
+def turned_queries(query, element_x, element_y, keep_x, keep_y, cos_ptr, sin_ptr, start, STARTS: tl.constexpr):
     """Queries turned back by the start of their block, float16 real and imaginary parts (PAIRS, ROWS)."""
     x = tl.load(query[None, :] + element_x[:, None], mask=keep_x, other=0.0).to(tl.float32)
     y = tl.load(query[None, :] + element_y[:, None], mask=keep_y, other=0.0).to(tl.float32)
@@ -153,7 +153,7 @@ def attend_splits(
 
     for block in tl.range(begin, end, BLOCK, num_stages=1):
         if ROWS <= HELD:
-            turned_x, turned_y = _turned(
+            turned_x, turned_y = turned_queries(
                 query, element_x, element_y, keep_x, keep_y, start_cos_ptr, start_sin_ptr,
                 row.to(tl.int64) * start_b + (block // BLOCK) * PAIRS + p, STARTS,
             )  # fmt: skip
@@ -182,7 +182,7 @@ def attend_splits(
             cos = tl.load(table_cos_ptr + place_in_table)
             sin = tl.load(table_sin_ptr + place_in_table)
             if ROWS > HELD:
-                turned_x, turned_y = _turned(
+                turned_x, turned_y = turned_queries(
                     query, element_x, element_y, keep_x, keep_y, start_cos_ptr, start_sin_ptr,
                     row.to(tl.int64) * start_b + (block // BLOCK) * PAIRS + p, STARTS,
                 )  # fmt: skip
