@@ -37,7 +37,7 @@ LIMIT = 24 * 10**9
 MODELS = {"llama-8b": llama_8b_config, "tiny": toy_config}
 
 
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="llama-8b")
     parser.add_argument("--device", default="cuda")
@@ -46,6 +46,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--new", type=int, default=64, help="tokens generated after it")
     parser.add_argument("--chunk", type=int, default=2048, help="tokens of the prompt read at a time")
     parser.add_argument("--results", type=Path, default=RESULTS)
+    return parser
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; ends with a message where the device or a count will not do."""
+    parser = build_parser()
     args = parser.parse_args(argv)
     if min(args.context, args.new, args.chunk) < 1:
         parser.error("--context, --new and --chunk: 1 or more.")

@@ -5,21 +5,20 @@ With --check nothing is written: exit code 1 if the README does not say what the
 
 import argparse
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from readme_block import ROOT, update
+
 sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
 from benchmarks.quality import report  # noqa: E402 (needs the path above)
 
-README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results" / "quality-smollm2.json"
-BEGIN = "<!-- quality: begin; written by scripts/quality_table.py -->\n"
-END = "<!-- quality: end -->"
 
 
 def block(results: dict) -> str:
-    """The table and the plot as markdown."""
+    """The table and the plot as markdown; nothing where nothing is recorded."""
+    if not results["methods"]:
+        return ""
     settings = results["settings"]
     texts = " and ".join(
         f"{text['windows']} windows of {settings['length']:,} tokens of {label}"
@@ -34,20 +33,11 @@ def block(results: dict) -> str:
     return "\n".join([report.table(results), "", about, "", picture]) + "\n"
 
 
-def with_block(readme: str, results: dict) -> str:
-    before, rest = readme.split(BEGIN)
-    return before + BEGIN + block(results) + END + rest.split(END)[1]
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; fail if the README is out of date")
     args = parser.parse_args()
-    old = README.read_text()
-    new = with_block(old, report.read(RESULTS))
-    if not args.check:
-        README.write_text(new)
-    return int(args.check and old != new)
+    return update("quality", "quality_table.py", block(report.read(RESULTS)), args.check)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,9 @@ import shutil
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+from readme_block import ROOT, update
+
 KEPT = ROOT / "benchmarks" / "demo"
-BEGIN = "<!-- demo numbers: begin; written by scripts/readme_table.py -->\n"
-END = "<!-- demo numbers: end -->"
 
 
 def block(numbers: dict) -> str:
@@ -38,13 +36,7 @@ def block(numbers: dict) -> str:
         f"a question on a prompt of {about['prompt_tokens']:,} tokens; perplexity on {about['held_tokens']:,} others. "
         "Sizes count every tensor the cache holds. Speeds are one run on one machine."
     )
-    picture = "![Cache size against context length](benchmarks/demo/cache_size.png)"
-    return "\n".join([*lines, "", text, "", picture]) + "\n"
-
-
-def with_block(readme: str, numbers: dict) -> str:
-    before, rest = readme.split(BEGIN)
-    return before + BEGIN + block(numbers) + END + rest.split(END)[1]
+    return "\n".join([*lines, "", text]) + "\n"
 
 
 def main() -> int:
@@ -56,11 +48,7 @@ def main() -> int:
         KEPT.mkdir(parents=True, exist_ok=True)
         for name in ("demo.json", "cache_size.png"):
             shutil.copyfile(args.folder / name, KEPT / name)
-    old = README.read_text()
-    new = with_block(old, json.loads((KEPT / "demo.json").read_text()))
-    if not args.check:
-        README.write_text(new)
-    return int(args.check and old != new)
+    return update("demo", "readme_table.py", block(json.loads((KEPT / "demo.json").read_text())), args.check)
 
 
 if __name__ == "__main__":

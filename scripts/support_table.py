@@ -30,6 +30,24 @@ Compressed are layers of full attention. Layers with a sliding window, linear at
 their own cache, which does not grow with the text.
 
 """
+TAIL = """
+## Quantized weights
+
+The cache and the weights are separate things. Tested with both at once (`tests/test_composition.py`): bitsandbytes at 8
+and 4 bits, torchao, quanto, and GGUF files. Give `kv_cache=` to `from_pretrained`, beside `quantization_config=` or
+`gguf_file=`; `quantization_config=CommVQConfig(...)` has no room for a second method.
+
+Not supported: weights quantized by HQQ. transformers 5.24 itself does not load them: `from_pretrained` with an
+`HqqConfig` raises `NotImplementedError`, with or without this package. (HQQ as a *cache*, transformers'
+`QuantizedCache`, works, and is one of those that [benchmarks.md](benchmarks.md#quality) compares with.)
+
+## Continuous batching
+
+`generate_batch`, and whatever else calls `init_continuous_batching`, keeps a paged cache of its own in blocks of plain
+keys and values. On an enabled model it raises `CacheUseError`, rather than run without compression unnoticed;
+`transformers-commvq serve --continuous-batching` is refused for the same reason. Use `generate()`
+with a batch, or `disable(model)` first.
+"""
 
 
 def rope_text(reading) -> str:
@@ -85,7 +103,7 @@ def main() -> int:
         else:
             raise SystemExit(f"{name} is listed as unsupported, but enable() took it")
     TARGET.parent.mkdir(exist_ok=True)
-    TARGET.write_text("\n".join(lines) + "\n")
+    TARGET.write_text("\n".join(lines) + "\n" + TAIL)
     wrong = [line for line in lines if "| NO " in line]
     print(f"{TARGET}: {len(SUPPORTED) + len(MULTIMODAL)} families, {len(wrong)} wrong, {len(REFUSED)} refused")
     return len(wrong)

@@ -1,5 +1,6 @@
 """The documentation holds: its code runs, its commands parse, its links lead somewhere, its quotes are real."""
 
+import importlib
 import re
 import runpy
 import shlex
@@ -85,13 +86,16 @@ def _check_module(module, args):
         assert callable(cli.build_parser().parse_args(args).run)
         return
     path = ROOT.joinpath(*module.split("."))
-    path = path if path.is_dir() else ROOT / "src" / module
+    path = path if path.parent != ROOT else ROOT / "src" / module
     assert (path / "__main__.py").is_file() or path.with_suffix(".py").is_file(), f"there is no module {module}"
     if module == "benchmarks.speed":
         sys.path.insert(0, str(ROOT))
         from benchmarks.speed.cli import arguments
 
         arguments(args)
+    if module in ("benchmarks.authors_kernels", "benchmarks.proof_24gb"):
+        sys.path.insert(0, str(ROOT))
+        importlib.import_module(module).build_parser().parse_args(args)
     if module == "benchmarks.quality":
         sys.path.insert(0, str(ROOT))
         from benchmarks.quality.cli import build_parser
