@@ -126,6 +126,16 @@ def test_publish_sends_nothing_by_default(script, shipped, capsys):
         assert f"{file.stat().st_size:>12,} bytes  {file.name}" in out
 
 
+def test_publish_when_told(script, shipped, server, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "token-alice")
+    repo_id = "alice/SmolLM2-135M-Instruct-CommVQ-2bit"
+    script("publish").main([str(shipped), repo_id, "--license", "apache-2.0", "--push"])
+    sent = server.files(repo_id)
+    assert sent["codebooks.safetensors"] == (shipped / "codebooks.safetensors").read_bytes()
+    assert sent["README.md"].decode() == make_card(shipped, repo_id, License("apache-2.0"))
+    assert f'"codebook": "{repo_id}"' in capsys.readouterr().out
+
+
 def test_errors_are_one_line(script, shipped, tmp_path):
     run = script("common").run
     with pytest.raises(SystemExit, match="^error: the license of .* cannot be looked up"):
