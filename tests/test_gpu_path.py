@@ -148,7 +148,7 @@ def launches(monkeypatch):
     monkeypatch.setattr(PositionTrack, "_agree", lambda *a: True)  # a prompt is compared, which waits; steps are not
     monkeypatch.setattr(CommVQLayer, "_find_sinks", sinks_known)
     for check in ("self_check", "encoder_check"):
-        monkeypatch.setattr(gpu, check, lambda device: None)
+        monkeypatch.setattr(gpu, check, lambda *of: None)
     monkeypatch.setitem(BACKENDS, "triton", gpu.attention_gpu)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(attention_triton, "multiprocessors", lambda device: UNITS)
