@@ -215,6 +215,8 @@ def _amd(listing: str) -> dict[str, object]:
 
 def excess(counts: dict[str, object]) -> str:
     """What is over its bound, or nothing."""
+    if "error" in counts:
+        return f"does not compile: {counts['error']}"
     kernel = _named(counts["kernel"])
     bounds = {"spills": kernel.spills, "shared": SHARED}
     return ", ".join(f"{n} {counts[n]} > {bound}" for n, bound in bounds.items() if counts[n] > bound)
@@ -227,7 +229,7 @@ def table(rows: list[dict[str, object]]) -> str:
     ]
     for row in rows:
         names = ("kernel", "target", "registers", "spills", "shared", "instructions")
-        lines.append("| " + " | ".join(str(row[n]) for n in names) + f" | {row.get('per_token_head', '')} |")
+        lines.append("| " + " | ".join(str(row.get(n, "")) for n in names) + f" | {row.get('per_token_head', '')} |")
     return "\n".join(lines)
 
 
@@ -267,7 +269,10 @@ def _named(name: str) -> Kernel:
 
 
 def _by_name(name: str, target: str) -> dict[str, object]:
-    return compile_one(_named(name), target)
+    try:
+        return compile_one(_named(name), target)
+    except Exception as error:  # of the compiler: the others are still worth knowing
+        return {"kernel": name, "target": target, "error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks are not installed
 
-from benchmarks import proof_24gb  # noqa: E402
+from benchmarks import authors_kernels, proof_24gb  # noqa: E402
 
 
 def command(*args, **variables):
@@ -116,3 +116,48 @@ def test_proof_of_24_gb_says_what_it_needs(options, capsys, monkeypatch):
         proof_24gb.arguments(list(options))
     assert ended.value.code == 2
     assert re.search("Fix: .*--model tiny|1 or more", capsys.readouterr().err)
+
+
+STAND_IN = """
+import torch
+def calculate_QC_T_triton(query_states, centers):
+    heads, pairs, stages, centres, _, _ = centers.shape
+    return centers.new_ones(heads, pairs, query_states.shape[0], stages, centres, 1, 2)
+def gatherC1C2_and_sum_over_residual_and_apply_rope_and_sum(key_code, QC_T, qsin, qcos, prescale, factor):
+    assert key_code.dtype == torch.int16 and QC_T.shape[3] == key_code.shape[2]
+    assert qsin.shape == qcos.shape == (1, key_code.shape[-1], QC_T.shape[1])
+    assert prescale.shape == (key_code.shape[0], 1, 1, key_code.shape[-1]) and factor == 128 ** 0.5
+    return (QC_T.sum() + key_code.float().sum(2)).repeat_interleave(4, 1).unsqueeze(-2)
+def attn_weights_mul_value_triton(attn_weights, value_code, prescale, learnable_scale, eps, codebook):
+    assert value_code.dtype == torch.uint8 and 8 * value_code.shape[1] == prescale.shape[1] == attn_weights.shape[-1]
+    codes = attn_weights.sum(-1, keepdim=True) * (learnable_scale + eps)
+    return codes @ codebook.unsqueeze(0)
+"""
+
+
+def test_authors_kernels_are_called_as_their_model_calls_them(tmp_path):
+    """With a stand-in of their three functions, whose shapes and names are those of their repository at d1f0377."""
+    file = tmp_path / authors_kernels.KERNELS
+    file.parent.mkdir()
+    file.write_text(STAND_IN)
+    kernels = authors_kernels.load(tmp_path)
+    x = authors_kernels.authors_inputs(128, 2, torch.device("cpu"))
+    out = authors_kernels.authors_attention(kernels, x)()
+    assert out.shape == (2, 32, 1, 128) and out.isfinite().all()
+    assert authors_kernels.revision(tmp_path) is None
+    file.write_text("def calculate_QC_T_triton(query_states, centers): ...")
+    with pytest.raises(SystemExit, match="has no gatherC1C2.*d1f0377"):
+        authors_kernels.load(tmp_path)
+
+
+def test_authors_kernels_say_what_is_missing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as ended:
+        authors_kernels.main([str(tmp_path)])
+    assert ended.value.code == 2 and "torch sees no GPU. Fix" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(SystemExit, match=r"triton_kernels.py does not exist. Fix: git clone https"):
+        authors_kernels.main([str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        authors_kernels.main([str(tmp_path), "--lengths", "1000"])
+    assert ended.value.code == 2 and "multiples of 128" in capsys.readouterr().err

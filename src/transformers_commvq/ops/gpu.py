@@ -64,20 +64,23 @@ def self_check(device: torch.device, kind: str = SignBook.kind) -> str | None:
 
     kind: of the keys' codes. The past they are compared on is small and random.
 
-    A kernel that compiles wrongly for some GPU must not answer silently with wrong attention.
+    A kernel that compiles wrongly for some GPU must not answer silently with wrong attention. One query and many take
+    different variants of it.
     """
     from .attention_cpu import attention_blockwise
 
     with torch.device("cpu"):
         generator = torch.Generator().manual_seed(0)
         past = _index_past(generator) if kind == IndexBook.kind else _sign_past(generator)
-        query = torch.randn(1, 4, 1, past.book.keys.head_dim, generator=generator).half()
-        want, _ = attention_blockwise(query, past, None, 0.125)
+        dim = past.book.keys.head_dim
+        queries = [torch.randn(1, 4, count, dim, generator=generator).half() for count in (1, 24)]
+        wanted = [attention_blockwise(query, past, None, 0.125)[0] for query in queries]
 
     def error() -> float:
         past.keys, past.values, past.book = past.keys.to(device), past.values.to(device), past.book.to(device)
-        got, _ = _kernels(kind)[1](query.to(device), past, None, 0.125)
-        return ((got.cpu() - want).norm() / want.norm()).item()
+        found = [_kernels(kind)[1](query.to(device), past, None, 0.125)[0].cpu() for query in queries]
+        off = [(got - want).norm() / want.norm() for got, want in zip(found, wanted, strict=True)]
+        return torch.stack(off).max().item()
 
     return _complaint(error, 5e-3, device)
 

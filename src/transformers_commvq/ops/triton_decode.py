@@ -31,9 +31,14 @@ def _signs(words, bits):
 
 
 @triton.jit
-def _gather(acc, words, weights, decay):
-    """acc (bits, ROWS) * decay + signs^T weights: values summed in code space."""
-    return tl.dot(tl.trans(unpack_words(words)), weights, acc * decay[None, :])
+def _gather(acc, words, weights, decay, bits):
+    """acc (bits, ROWS) * decay + signs^T weights: values summed in code space. bits is positive."""
+    if weights.shape[1] > HELD:
+        # Hidden as in _signs: triton 3.6 finds no layout for sm_100's tensor cores through the reshape.
+        signs = _signs(words, bits)
+    else:
+        signs = unpack_words(words)
+    return tl.dot(tl.trans(signs), weights, acc * decay[None, :])
 
 
 @triton.jit
@@ -221,22 +226,22 @@ def attend_splits(
             rows = ahead.to(tl.int64) * values_t
             inside = ahead < end
             next_0 = load_words(values_ptr, rows, inside, value_first, value_bytes, VALUE_WORDS)
-            sum_0 = _gather(sum_0, words_0, weights, decay)
+            sum_0 = _gather(sum_0, words_0, weights, decay, value_bytes)
             words_0 = next_0
             if CHUNKS > 1:
                 if value_bytes > C:
                     next_1 = load_words(values_ptr, rows, inside, value_first + C, value_bytes - C, VALUE_WORDS)
-                    sum_1 = _gather(sum_1, words_1, weights, decay)
+                    sum_1 = _gather(sum_1, words_1, weights, decay, value_bytes)
                     words_1 = next_1
             if CHUNKS > 2:
                 if value_bytes > 2 * C:
                     next_2 = load_words(values_ptr, rows, inside, value_first + 2 * C, value_bytes - 2 * C, VALUE_WORDS)
-                    sum_2 = _gather(sum_2, words_2, weights, decay)
+                    sum_2 = _gather(sum_2, words_2, weights, decay, value_bytes)
                     words_2 = next_2
             if CHUNKS > 3:
                 if value_bytes > 3 * C:
                     next_3 = load_words(values_ptr, rows, inside, value_first + 3 * C, value_bytes - 3 * C, VALUE_WORDS)
-                    sum_3 = _gather(sum_3, words_3, weights, decay)
+                    sum_3 = _gather(sum_3, words_3, weights, decay, value_bytes)
                     words_3 = next_3
 
     out = sum_ptr + place * (CHUNKS * VALUE_BITS)
