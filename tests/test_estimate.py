@@ -246,6 +246,8 @@ def test_command_on_a_config_file(tmp_path, capsys):
     assert 15 < report["compressed"]["1"]["times_smaller"] < 16
     longest = report["gpus"]["24 GiB"]["longest_context"]
     assert longest["plain"] < 131072 < longest["1"]
+    assert longest["plain"] < longest["fp8"] < longest["int4"] < longest["1"]
+    assert report["other_cache_bytes"] == {"fp8": 8 * 2**30, "int4": round(4.5 * 2**30)}
     table = run_command(capsys, path, "--weight-bits", "4.5")
     assert "RTX 4090" in table and "8.03 B parameters" in table
 
@@ -285,8 +287,8 @@ def test_command_takes_a_hub_id_and_fetches_no_weights(server, tmp_path, capsys)
 def test_command_errors(tmp_path, capsys):
     with pytest.raises(ConfigError, match="config cannot be read"):
         run_command(capsys, str(tmp_path))
-    with pytest.raises(ConfigError, match="--context 0"):
-        run_command(capsys, str(tmp_path), "--context", "0")
     LLAMA_31_8B.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="context 0: expected 1 or more"):
+        run_command(capsys, str(tmp_path), "--context", "0")
     with pytest.raises(ConfigError, match="dtype"):
         run_command(capsys, str(tmp_path), "--dtype", "bfloat61")

@@ -80,18 +80,25 @@ def passage(modules: tuple[str, ...], tokens: int, encode: Callable[[str], list[
     )
 
 
-def build_prompt(tokenizer, tokens: int, depth: float = DEPTH) -> Prompt:
-    """A chat of at least ``tokens`` tokens: notes with FACT planted at ``depth`` of them, then QUESTION."""
+def build_content(tokenizer, tokens: int, depth: float = DEPTH) -> str:
+    """At least ``tokens`` tokens of notes with FACT planted at ``depth`` of them, then QUESTION."""
     notes = passage(PROMPT_MODULES, tokens, lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
     notes.insert(round(depth * len(notes)), FACT)
-    content = "Read these notes.\n\n" + "\n\n".join(notes) + f"\n\nQuestion: {QUESTION}"
-    if tokenizer.chat_template:
-        chat = [{"role": "user", "content": content}]
-        content = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        ids = tokenizer(content, add_special_tokens=False)["input_ids"]
-    else:
-        ids = tokenizer(f"{content}\nAnswer:")["input_ids"]
-    return Prompt(ids, QUESTION, ANSWER)
+    return "Read these notes.\n\n" + "\n\n".join(notes) + f"\n\nQuestion: {QUESTION}"
+
+
+def chat_ids(tokenizer, content: str) -> list[int]:
+    """Token ids of a chat in which the user says ``content``, ready for generate()."""
+    if not tokenizer.chat_template:
+        return tokenizer(f"{content}\nAnswer:")["input_ids"]
+    chat = [{"role": "user", "content": content}]
+    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def build_prompt(tokenizer, tokens: int, depth: float = DEPTH) -> Prompt:
+    """A chat whose user gives notes of at least ``tokens`` tokens and asks for the FACT planted among them."""
+    return Prompt(chat_ids(tokenizer, build_content(tokenizer, tokens, depth)), QUESTION, ANSWER)
 
 
 def held_passage(tokenizer, tokens: int) -> list[int]:

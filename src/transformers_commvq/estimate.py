@@ -7,8 +7,9 @@ gets a model's numbers from its config alone.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .config import CommVQConfig, ConfigError
 from .ops import BACKENDS
@@ -40,6 +41,9 @@ GPUS = {
     "A100 80GB": 81920,
     "H200": 143771,
 }
+# Other ways to hold the cache, in bits an element: FP8 with one scale for all, and int4 in groups of 64 with a scale
+# and a zero point of 16 bits each. Their windows of exact tokens, where they keep one, are not counted.
+OTHERS = {"fp8": 8.0, "int4": 4 + 32 / 64}
 # Assumed, not measured: the driver's context, and activations when the prompt is read in chunks.
 RESERVE_BYTES = 1 << 30
 LONGEST = 1 << 30  # tokens; where the search for the longest context ends
@@ -102,6 +106,11 @@ def plain_bytes(shape: CacheShape, tokens: int, batch: int = 1) -> int:
     """Bytes of an uncompressed cache of the same tokens, spare room not counted."""
     sliding = min(tokens, shape.sliding_window) * shape.sliding_elements
     return batch * shape.itemsize * (tokens * shape.elements + sliding)
+
+
+def rounded_bytes(shape: CacheShape, tokens: int, bits: float, batch: int = 1) -> int:
+    """Bytes of a cache that holds every element at the same rate, as the usual quantized caches do."""
+    return round(plain_bytes(shape, tokens, batch) * bits / (8 * shape.itemsize))
 
 
 def compressed_bytes(
@@ -197,6 +206,70 @@ class ModelSize:
         d = self.head_dim
         vectors = 2 * bits * d * d * 2  # keys and values: (bits * d, d) float16 each
         return round(self.layers * self.heads * (vectors + d * d * 2 + 2 * d * 4))
+
+
+def tabulate(
+    size: ModelSize,
+    context: int,
+    bits: Sequence[float] = (2.0, 1.0),
+    batch: int = 1,
+    cards: dict[str, int] | None = None,
+    weight_bits: float | None = None,
+) -> dict[str, Any]:
+    """Everything that ``transformers-commvq estimate`` says about a model, as plain json.
+
+    context: tokens in each of the ``batch`` caches. cards: name -> bytes of memory; None: all of GPUS.
+    weight_bits: bits a weight where they are quantized; None: in the model's dtype.
+
+    Raises:
+        ConfigError: no such rate, or a context or batch below 1.
+    """
+    for name, count in (("context", context), ("batch", batch)):
+        if count < 1:
+            raise ConfigError(f"{name} {count}: expected 1 or more.")
+    settings = {rate: CommVQConfig(bits=rate) for rate in bits}
+    cards = gpu_bytes(GPUS) if cards is None else cards
+    weights = round(size.parameters * weight_bits / 8) if weight_bits else size.weights
+    shape = size.shape
+
+    def largest(rate: float, tokens: int) -> int:
+        cache = largest_bytes(shape, rate * shape.elements / 8, tokens, batch, settings[rate])
+        return cache + size.codebook_bytes(rate)
+
+    caches: dict[str, Callable[[int], int]] = {"plain": lambda tokens: plain_bytes(shape, tokens, batch)}
+    caches |= {n: lambda tokens, b=b: rounded_bytes(shape, tokens, b, batch) for n, b in OTHERS.items()}
+    caches |= {f"{rate:g}": lambda tokens, r=rate: largest(r, tokens) for rate in bits}
+    plain = caches["plain"](context)
+    compressed = {}
+    for rate in bits:
+        parts = compressed_bytes(shape, rate * shape.elements / 8, context, batch=batch, same_positions=False)
+        compressed[f"{rate:g}"] = {
+            "cache_bytes": parts.total,
+            **vars(parts),
+            "codebook_bytes": size.codebook_bytes(rate),
+            "times_smaller": plain / parts.total,
+        }
+    return {
+        "model": size.name,
+        "parameters": size.parameters,
+        "dtype": size.dtype,
+        "max_context": size.max_context,
+        "context": context,
+        "batch": batch,
+        "weights_bytes": weights,
+        "plain_cache_bytes": plain,
+        "other_cache_bytes": {name: caches[name](context) for name in OTHERS},
+        "compressed": compressed,
+        "gpus": {
+            card: {
+                "memory_bytes": memory,
+                "longest_context": {
+                    name: longest_context(at, memory - weights - RESERVE_BYTES) for name, at in caches.items()
+                },
+            }
+            for card, memory in cards.items()
+        },
+    }
 
 
 def describe_model(model: str | os.PathLike, dtype: str | None = None, local_files_only: bool = False) -> ModelSize:

@@ -22,56 +22,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from .. import estimate
-    from ..config import CommVQConfig, ConfigError
 
-    for name in ("context", "batch"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name} {getattr(args, name)}: expected 1 or more.")
-    settings = {bits: CommVQConfig(bits=bits) for bits in args.bits}
     cards = estimate.gpu_bytes(args.gpu or estimate.GPUS)
     size = estimate.describe_model(args.model, args.dtype)
-    weights = round(size.parameters * args.weight_bits / 8) if args.weight_bits else size.weights
-
-    def largest(bits: float, tokens: int) -> int:
-        token_bytes = bits * size.shape.elements / 8
-        cache = estimate.largest_bytes(size.shape, token_bytes, tokens, args.batch, settings[bits])
-        return cache + size.codebook_bytes(bits)
-
-    plain = estimate.plain_bytes(size.shape, args.context, args.batch)
-    report = {
-        "model": size.name,
-        "parameters": size.parameters,
-        "dtype": size.dtype,
-        "max_context": size.max_context,
-        "context": args.context,
-        "batch": args.batch,
-        "weights_bytes": weights,
-        "plain_cache_bytes": plain,
-        "compressed": {},
-        "gpus": {},
-    }
-    for bits in args.bits:
-        parts = estimate.compressed_bytes(
-            size.shape, bits * size.shape.elements / 8, args.context, batch=args.batch, same_positions=False
-        )
-        report["compressed"][f"{bits:g}"] = {
-            "cache_bytes": parts.total,
-            **vars(parts),
-            "codebook_bytes": size.codebook_bytes(bits),
-            "times_smaller": plain / parts.total,
-        }
-    for card, memory in cards.items():
-        budget = memory - weights - estimate.RESERVE_BYTES
-        longest = {"plain": estimate.longest_context(lambda t: estimate.plain_bytes(size.shape, t, args.batch), budget)}
-        for bits in args.bits:
-            longest[f"{bits:g}"] = estimate.longest_context(lambda t, b=bits: largest(b, t), budget)
-        report["gpus"][card] = {"memory_bytes": memory, "longest_context": longest}
+    report = estimate.tabulate(size, args.context, args.bits, args.batch, cards, args.weight_bits)
     print(json.dumps(report, indent=2) if args.json else _table(report, size, args))
     return 0
 
 
 def _table(report: dict, size, args: argparse.Namespace) -> str:
-    from ..estimate import RESERVE_BYTES
+    from ..estimate import OTHERS, RESERVE_BYTES
 
     weight = f"{args.weight_bits:g} bits" if args.weight_bits else size.dtype
     batch = f", batch {args.batch}" if args.batch > 1 else ""
@@ -84,16 +44,18 @@ def _table(report: dict, size, args: argparse.Namespace) -> str:
         f"{f'at {args.context} tokens{batch}:'}",
         f"{'  plain cache, ' + size.dtype:28} {_gib(report['plain_cache_bytes'])}",
     ]
+    for name, count in report["other_cache_bytes"].items():
+        lines.append(f"{f'  {name} cache, {OTHERS[name]:g} bits':28} {_gib(count)}")
     for bits, parts in report["compressed"].items():
         lines.append(
             f"{f'  compressed, {bits} bits':28} {_gib(parts['cache_bytes'])}   {parts['times_smaller']:.1f}x smaller; "
             f"codebooks {parts['codebook_bytes'] / 2**20:.0f} MiB"
         )
     lines += ["", f"Longest context, with {RESERVE_BYTES >> 30} GiB kept for activations and the driver (assumed):"]
-    rates = list(report["compressed"])
-    lines.append(f"{'GPU':12} {'GiB':>6} {'plain':>12} " + " ".join(f"{r + ' bits':>12}" for r in rates))
+    columns = {"plain": "plain", **{n: n for n in OTHERS}, **{r: f"{r} bits" for r in report["compressed"]}}
+    lines.append(f"{'GPU':12} {'GiB':>6} " + " ".join(f"{heading:>12}" for heading in columns.values()))
     for card, row in report["gpus"].items():
-        cells = [_tokens(row["longest_context"][k]) for k in ("plain", *rates)]
+        cells = [_tokens(row["longest_context"][k]) for k in columns]
         lines.append(f"{card:12} {row['memory_bytes'] / 2**30:6.1f} " + " ".join(f"{c:>12}" for c in cells))
     if size.max_context:
         lines.append(f"What exceeds {size.max_context:,} tokens is room in memory; the model was not made for it.")
