@@ -195,9 +195,9 @@ def recorded_sizes(model: PreTrainedModel):
 
 def stream(model: PreTrainedModel, held: torch.Tensor):
     """The held passage through the compressed and the plain cache: (StreamingQuality, sizes ours, sizes plain)."""
-    made: list[Cache] = []
+    ours, plain = [], []  # the caches made, so that their ids stay theirs
 
-    def keep(make: Callable[[PreTrainedModel], Cache]):
+    def keep(make: Callable[[PreTrainedModel], Cache], made: list[Cache]):
         def call(model: PreTrainedModel) -> Cache:
             made.append(make(model))
             return made[-1]
@@ -206,10 +206,14 @@ def stream(model: PreTrainedModel, held: torch.Tensor):
 
     with recorded_sizes(model) as sizes:
         quality = streaming_quality(
-            model, keep(make_cache), [held], chunk=CHUNK, make_reference=keep(uncompressed), progress=False
+            model,
+            keep(make_cache, ours),
+            [held],
+            chunk=CHUNK,
+            make_reference=keep(uncompressed, plain),
+            progress=False,
         )
-    ours, plain = (sizes[id(cache)] for cache in made)
-    return quality, ours, plain
+    return quality, sizes[id(ours[0])], sizes[id(plain[0])]
 
 
 def measure(
