@@ -44,7 +44,7 @@ SIDES = ("keys", "values")
 class LearningPlan:
     """How books are learned.
 
-    rounds: EM rounds; the first three quarters see ``warm_tokens`` only, the others all tokens.
+    rounds: EM rounds; the first half see ``warm_tokens`` only, the others all tokens.
     key_shrink: share of its mean diagonal added to the keys' metric. An unshrunk metric lets EM ruin directions it
         believes to be free: lower training loss, worse model.
     ridge: added to S^T S in the M-step, as a share of the tokens.
@@ -53,7 +53,7 @@ class LearningPlan:
     """
 
     rounds: int = 8
-    warm_tokens: int = 4096
+    warm_tokens: int = 8192
     key_shrink: float = 0.1
     ridge: float = 1e-4
     cap: float = 6.0
@@ -161,7 +161,7 @@ def fit_head(
     spread = (cov * form.double()).sum().item() or 1.0
     rows, history = _start(cov, metric, bits), []
     for turn in range(plan.rounds):
-        warm = turn < plan.rounds * 3 // 4 and len(x) > plan.warm_tokens
+        warm = turn < plan.rounds // 2 and len(x) > plan.warm_tokens
         stride = len(x) // plan.warm_tokens if warm else 1
         part = x[turn % stride :: stride]
         count = torch.ones(len(part), 1) if weights is None else weights[turn % stride :: stride, None]
