@@ -14,6 +14,7 @@ LAYERS = {
     "rope": 1,
     "packing": 1,
     "table": 1,
+    "samples": 1,
     "text": 1,
     "positions": 2,
     "index_book": 2,

@@ -13,10 +13,8 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -25,6 +23,7 @@ from transformers.masking_utils import sdpa_mask
 from .codebook import ModelGeometry
 from .config import CommVQError, ConfigError
 from .geometry import ModelReading, read_model
+from .samples import LayerSample, Spool, StoredSamples
 from .traced_attention import explicit_attention, far_importance
 
 IMPLEMENTATION = "commvq_calibration"
@@ -33,28 +32,6 @@ PRIOR = 24  # readers
 
 class CalibrationError(CommVQError, RuntimeError):
     """The model ran, but its attention could not be recorded."""
-
-
-@dataclass
-class LayerSample:
-    """What was recorded of one layer.
-
-    keys, values: (kv heads, tokens, head_dim) float32; keys before RoPE; sink tokens left out.
-    key_metric, value_metric: (kv heads, head_dim, head_dim) float32, the second-order cost of an error, in nats:
-        E[g g^T] with g the gradient of the loss, or its estimate from queries where there are no gradients.
-    key_weights, value_weights: (kv heads, tokens) float32, how much each token's errors weigh against the other
-        tokens', mean 1; see ``traced_attention.far_importance``.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    key_metric: torch.Tensor
-    value_metric: torch.Tensor
-    key_weights: torch.Tensor
-    value_weights: torch.Tensor
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return {k: v.contiguous() for k, v in vars(self).items()}
 
 
 @dataclass
@@ -89,13 +66,11 @@ class CalibrationPlan:
 class _Recorder:
     """State of one calibration run; ``attend`` is the attention function."""
 
-    def __init__(self, reading: ModelReading, plan: CalibrationPlan, keep: int):
+    def __init__(self, reading: ModelReading, plan: CalibrationPlan, keep: int, spool: Spool):
         self.reading, self.plan, self.keep = reading, plan, keep
         self.layer_of = {id(module): i for i, module in reading.attention.items()}
         self.tables: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.keys: dict[int, list[torch.Tensor]] = {i: [] for i in reading.attention}
-        self.values: dict[int, list[torch.Tensor]] = {i: [] for i in reading.attention}
-        self.importance: dict[int, list[torch.Tensor]] = {i: [] for i in reading.attention}
+        self.spool = spool
         self.readers: list[torch.Tensor] = []  # of each window: how many queries read a token's codes
         self.metrics: dict[tuple[int, str], torch.Tensor] = {}  # sums of g g^T
         self.weight = 0  # tokens that entered them
@@ -138,9 +113,10 @@ class _Recorder:
     def _record(self, layer, key, value, cos, sin, importance):
         key = self.reading.rope.rope.unrotate(key, cos, sin)
         kept = self.positions.to(key.device)
-        for store, x in ((self.keys, key), (self.values, value)):
-            store[layer].append(x[:, :, kept].transpose(0, 1).flatten(1, 2).float().cpu())
-        self.importance[layer].append(torch.stack(importance)[..., kept].transpose(1, 2).flatten(2).cpu())
+        for name, x in (("keys", key), ("values", value)):
+            self.spool.add(layer, name, x[:, :, kept].transpose(0, 1).flatten(1, 2).float().cpu())
+        for name, x in zip(("key_weights", "value_weights"), importance, strict=True):
+            self.spool.add(layer, name, x[:, :, kept].transpose(0, 1).flatten(1, 2).cpu())
 
     @staticmethod
     def _add(sums: dict, layer: int, side: str, block: torch.Tensor) -> None:
@@ -177,14 +153,15 @@ class _Recorder:
         tokens = query.shape[0] * query.shape[2] * (query.shape[1] // heads)
         self._add(self.moments, layer, "values", torch.eye(value.shape[-1]).expand(heads, -1, -1) * tokens)
 
-    def samples(self) -> dict[int, LayerSample]:
-        out, readers = {}, torch.cat(self.readers)
-        for i in self.reading.attention:
-            sums, count = (self.metrics, self.weight) if (i, "keys") in self.metrics else (self.moments, self.recorded)
-            metrics = [(sums[i, side] / count).float() for side in ("keys", "values")]
-            weights = token_weights(torch.cat(self.importance.pop(i), 2), readers)
-            out[i] = LayerSample(torch.cat(self.keys.pop(i), 1), torch.cat(self.values.pop(i), 1), *metrics, *weights)
-        return out
+    def sample(self, layer: int) -> LayerSample:
+        """All that was recorded of a layer, which is then forgotten."""
+        sums, count = (self.metrics, self.weight) if (layer, "keys") in self.metrics else (self.moments, self.recorded)
+        metrics = {f"{side}_metric": (sums[layer, f"{side}s"] / count).float() for side in ("key", "value")}
+        readers = torch.cat(self.readers)
+        weights = {
+            name: token_weights(self.spool.take(layer, name), readers) for name in ("key_weights", "value_weights")
+        }
+        return LayerSample(self.spool.take(layer, "keys"), self.spool.take(layer, "values"), **metrics, **weights)
 
 
 @contextlib.contextmanager
@@ -271,10 +248,12 @@ def calibrate(
     plan: CalibrationPlan | None = None,
     base_model: str | None = None,
     progress: bool = True,
-) -> tuple[ModelGeometry, dict[int, LayerSample]]:
+    store: StoredSamples | None = None,
+) -> tuple[ModelGeometry, Mapping[int, LayerSample]]:
     """Run windows of token ids through the model and record every compressed layer.
 
     windows: 1-d int64 tensors; see text.py. The metric windows are spread evenly over them.
+    store: where the samples go, so that no more than one layer's are held; None keeps all in memory.
     Returns the model's geometry and layer index -> sample.
 
     The metric is the model's own Fisher information: labels are drawn from its predictions, so the text's surprises
@@ -287,7 +266,8 @@ def calibrate(
     reading = read_model(model, base_model)
     if not windows:
         raise ConfigError("no calibration windows: give text, or let the model write its own.")
-    recorder = _Recorder(reading, plan, math.ceil(plan.samples / len(windows)))
+    spool = Spool(None if store is None else store.folder / "recording")
+    recorder = _Recorder(reading, plan, math.ceil(plan.samples / len(windows)), spool)
     spread = torch.linspace(0, len(windows) - 1, min(plan.metric_windows, len(windows))).round().long().tolist()
     labels = torch.Generator().manual_seed(plan.seed + 1)
 
@@ -310,49 +290,12 @@ def calibrate(
         for window in tqdm(windows, desc="record", unit="window", disable=not progress):
             recorder.begin(len(window))
             model(input_ids=window.to(model.device)[None], use_cache=False, logits_to_keep=1)
-    if empty := [i for i, x in recorder.keys.items() if not x]:
+    layers = list(reading.attention)
+    if empty := [i for i in layers if not spool.holds(i)]:
         raise CalibrationError(f"layers {empty} did not attend through AttentionInterface; they cannot be recorded.")
-    return reading.geometry, recorder.samples()
-
-
-class StoredSamples(Mapping):
-    """Layer samples in a folder, one safetensors file a layer, read when asked for; so a run can be resumed.
-
-    key: names the calibration; a folder with another key's files is not mistaken for it.
-    """
-
-    def __init__(self, folder: str | Path, layers: Sequence[int], key: str):
-        self.folder, self.layers, self.key = Path(folder), tuple(layers), key
-        self._last: tuple[int, LayerSample] | None = None
-
-    @property
-    def complete(self) -> bool:
-        return all(self._path(i).exists() for i in self.layers)
-
-    def store(self, samples: dict[int, LayerSample]) -> None:
-        """Write the samples; they are taken out of the dict one by one, so that memory falls as files grow."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for i in self.layers:
-            partial = self._path(i).with_suffix(".partial")
-            save_file(samples.pop(i).tensors(), partial)
-            partial.replace(self._path(i))
-
-    def remove(self) -> None:
-        for i in self.layers:
-            self._path(i).unlink(missing_ok=True)
-
-    def __getitem__(self, layer: int) -> LayerSample:
-        if layer not in self.layers:
-            raise KeyError(layer)
-        if self._last is None or self._last[0] != layer:
-            self._last = (layer, LayerSample(**load_file(self._path(layer))))
-        return self._last[1]
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.layers)
-
-    def __len__(self) -> int:
-        return len(self.layers)
-
-    def _path(self, layer: int) -> Path:
-        return self.folder / f"sample-{layer}-{self.key}.safetensors"
+    if store is None:
+        return reading.geometry, {i: recorder.sample(i) for i in layers}
+    for i in layers:
+        store.put(i, recorder.sample(i))
+    spool.remove()
+    return reading.geometry, store

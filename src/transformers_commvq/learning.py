@@ -191,7 +191,7 @@ def learn(
 ) -> dict[float, LearnedRate]:
     """Books at several rates from one calibration.
 
-    samples: layer index -> calibration.LayerSample, or whatever has its fields; layers are read one at a time, twice.
+    samples: layer index -> samples.LayerSample, or whatever has its fields; layers are read one at a time, twice.
     rates: mean bits per element.
     work: a folder that keeps finished layers; a run that was stopped goes on from there with the same result.
     """

@@ -16,11 +16,12 @@ import torch
 from huggingface_hub import constants
 from torch import nn
 
-from .calibration import CalibrationPlan, StoredSamples, calibrate
+from .calibration import CalibrationPlan, calibrate
 from .codebook import CONFIG_FILE, Codebook
 from .config import CommVQConfig, ConfigError
 from .geometry import read_model
 from .learning import LearnedRate, LearningPlan, learn
+from .samples import StoredSamples
 from .text import self_generated, windows_of
 
 logger = logging.getLogger(__name__)
@@ -97,7 +98,7 @@ def learn_codebooks(
     else:
         samples = StoredSamples(folder, geometry.layers, key)
         if not samples.complete:
-            samples.store(calibrate(model, windows, recipe.calibration, base_model, progress)[1])
+            calibrate(model, windows, recipe.calibration, base_model, progress, samples)
     recorded = time.monotonic() - started
     learned = learn(samples, rates, recipe.learning, None if folder is None else folder / key, progress)
     notes = {
