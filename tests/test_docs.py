@@ -5,6 +5,7 @@ import re
 import runpy
 import shlex
 import sys
+import tomllib
 from pathlib import Path
 
 import markdown
@@ -134,6 +135,12 @@ def test_design_names_the_layers():
         for module in [""] if modules == "the package" else re.findall(r"`(\w+)`", modules):
             listed[module] = int(layer)
     assert listed == LAYERS, "docs/design.md, Layers, is not what tests/test_layering.py says"
+
+
+def test_quickstart_names_the_extras():
+    table = (ROOT / "docs" / "quickstart.md").read_text().split("| extra |")[1].split("\n\n")[0]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(re.findall(r"^\| `(\w+)`", table, flags=re.MULTILINE)) == set(extras) - {"test", "space"}
 
 
 TROUBLE = ROOT / "docs" / "troubleshooting.md"
