@@ -124,19 +124,23 @@ class TestQuantizedWeights:
         assert torch.equal(greedy(model, inputs, 4), want)
 
 
-@pytest.mark.parametrize("place", ["disk", "cpu"])
+@pytest.mark.parametrize("place", ["disk", "cpu", "auto"])
 def test_offloaded_weights(checkpoint, tmp_path, place):
     """Layers whose weights come and go: hooks of accelerate and ours on the same modules."""
     pytest.importorskip("accelerate", reason="accelerate is not installed")
+    plain = AutoModelForCausalLM.from_pretrained(checkpoint)
     device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu", "model.rotary_emb": "cpu"}
     device_map |= {f"model.layers.{i}": place if i else "cpu" for i in range(3)}
-    plain = AutoModelForCausalLM.from_pretrained(checkpoint)
+    settings = {"device_map": device_map}
+    if place == "auto":  # the memory allowed leaves no room for all layers
+        half = sum(p.nbytes for p in plain.parameters()) // 2
+        settings = {"device_map": "auto", "max_memory": {"cpu": half}}
     model = AutoModelForCausalLM.from_pretrained(
-        checkpoint, device_map=device_map, offload_folder=str(tmp_path / "off"), kv_cache="commvq"
+        checkpoint, offload_folder=str(tmp_path / "off"), kv_cache="commvq", **settings
     )
     plain.generation_config.eos_token_id = model.generation_config.eos_token_id = None
-    if place == "disk":
-        assert next(model.model.layers[1].parameters()).device.type == "meta"
+    if place != "cpu":
+        assert next(model.model.layers[2].parameters()).device.type == "meta"
     assert isinstance(greedy(model, **KW).past_key_values, CommVQCache)
     enable_lossless(model, residual_length=16)
     same_as_plain(model, plain)

@@ -181,6 +181,46 @@ class TestGenerationMixin:
             out = greedy(model, one, 25, **extra, **KW)
             assert torch.equal(out.sequences, want) and type(out.past_key_values) is type(new())
 
+    def test_assisted_sampling_repeats(self, setup):
+        model, new = setup
+        runs = []
+        for _ in range(2):
+            torch.manual_seed(4)
+            runs.append(greedy(model, prompt(1, 90, 0), 12, assistant_model=copy.deepcopy(model), do_sample=True, **KW))
+        assert torch.equal(runs[0].sequences, runs[1].sequences)
+        assert type(runs[0].past_key_values) is type(new())
+
+    def test_prompt_lookup_stops_at_the_end_token(self, setup):
+        """An end token among the candidates ends the text where greedy decoding ends it."""
+        model, _ = setup
+        one = prompt(1, 90, 0)
+        tokens = greedy(model, one, 20)[0, 90:].tolist()
+        end = {"eos_token_id": tokens[9]}
+        want = greedy(model, one, 20, **end)
+        assert want.shape[1] == 90 + tokens.index(tokens[9]) + 1
+        assert torch.equal(greedy(model, one, 20, prompt_lookup_num_tokens=4, **end), want)
+
+    def test_without_a_prompt(self, setup):
+        model, _ = setup
+        out = model.generate(max_new_tokens=5, do_sample=False, bos_token_id=1)
+        assert torch.equal(out, greedy(model, inputs_of(torch.tensor([[1]])), 5))
+
+    def test_beams_from_inputs_embeds(self, setup):
+        model, _ = setup
+        inputs = prompt(2, 80, 0)
+        embeds = model.get_input_embeddings()(inputs["input_ids"]).detach()
+        out = greedy(model, {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"]}, 8, num_beams=2)
+        assert torch.equal(out, greedy(model, inputs, 8, num_beams=2)[:, 80:])
+
+    def test_logits_to_keep(self, setup):
+        model, new = setup
+        ids = prompt(2, 80, 0)["input_ids"]
+        with torch.no_grad():
+            all_logits = model(ids, past_key_values=new()).logits
+            last = model(ids, past_key_values=new(), logits_to_keep=1).logits
+        assert last.shape[1] == 1
+        torch.testing.assert_close(last[:, 0], all_logits[:, -1])
+
     def test_prefill_in_chunks(self, setup):
         model, _ = setup
         inputs = prompt(2, 100, 45)
