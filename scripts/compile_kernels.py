@@ -120,7 +120,7 @@ def index(stages, bits):
     yield Kernel("index codes: index_scores", index_scores, pointers, settings)
     pointers = {"values_ptr": "*u8", "weight_ptr": "*fp32", "sum_ptr": "*fp32"}
     settings = dict(BITS=bits, WIDTH=128, ROWS=16, TOKENS=32)
-    yield Kernel("index codes: weighted_bits", weighted_bits, pointers, settings)
+    yield Kernel("index codes: weighted_bits", weighted_bits, pointers, settings, essential=False)
 
 
 def merge(dim, width):

@@ -17,7 +17,7 @@ import socket
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
@@ -63,6 +63,12 @@ class Repo:
             "siblings": [{"rfilename": path} for path in sorted(files)],
         }
 
+    def entry(self, sha: str, path: str) -> dict:
+        """A file in a listing."""
+        size, etag = len(self.commits[sha][path]), self.etag(sha, path)
+        large = {"lfs": {"oid": etag, "size": size, "pointerSize": 134}} if path.endswith(LARGE) else {}
+        return {"type": "file", "path": path, "size": size, "oid": etag[:40], **large}
+
     def etag(self, sha: str, path: str) -> str:
         data = self.commits[sha][path]
         if path.endswith(LARGE):
@@ -75,6 +81,7 @@ class LoopbackHub(ThreadingHTTPServer):
 
     tokens: token -> user. A user may write to the namespace of that name, and see what is private or gated in it.
     log: (method, path) of every request.
+    status: path -> HTTP status that a file is answered with.
     tamper: path -> bytes sent in place of a file's own.
     cut: path -> count of bytes after which the connection is dropped, though the header promised them all.
     hold: path -> event; half of the file is sent at once, the rest when the event is set.
@@ -89,6 +96,7 @@ class LoopbackHub(ThreadingHTTPServer):
         self.repos: dict[str, Repo] = {}
         self.large: dict[str, bytes] = {}
         self.log: list[tuple[str, str]] = []
+        self.status: dict[str, int] = {}
         self.tamper: dict[str, bytes] = {}
         self.cut: dict[str, int] = {}
         self.hold: dict[str, threading.Event] = {}
@@ -208,10 +216,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def tree(self, repo_id: str, revision: str):
         if (repo := self.find(repo_id)) and (sha := self.find_commit(repo, revision)):
-            files = repo.commits[sha].items()
-            self.reply(
-                [{"type": "file", "path": p, "size": len(data), "oid": repo.etag(sha, p)[:40]} for p, data in files]
-            )
+            self.reply([repo.entry(sha, path) for path in repo.commits[sha]])
+
+    def paths_info(self, repo_id: str, revision: str):
+        if (repo := self.find(repo_id)) and (sha := self.find_commit(repo, revision)):
+            is_json = "json" in (self.headers.get("Content-Type") or "")
+            asked = json.loads(self.body)["paths"] if is_json else parse_qs(self.body.decode()).get("paths", [])
+            self.reply([repo.entry(sha, path) for path in asked if path in repo.commits[sha]])
 
     def preupload(self, repo_id: str, revision: str):
         if self.find(repo_id, write=True):
@@ -283,6 +294,8 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         if path not in repo.commits[sha]:
             return self.fail(404, "EntryNotFound", "Entry not found", X_Repo_Commit=sha)
+        if path in self.server.status:
+            return self.fail(self.server.status[path], "", "told to fail")
         data = self.server.tamper.get(path, repo.commits[sha][path])
         start = int((re.match(r"bytes=(\d+)-", self.headers.get("Range") or "") or [0, 0])[1])
         self.send_response(206 if start else 200)
@@ -317,6 +330,7 @@ _ROUTES = (
     (r"/api/repos/create", _Handler.create),
     (rf"/api/models/{_NAME}(?:/revision/(.+))?", _Handler.info),
     (rf"/api/models/{_NAME}/tree/([^/]+)", _Handler.tree),
+    (rf"/api/models/{_NAME}/paths-info/([^/]+)", _Handler.paths_info),
     (rf"/api/models/{_NAME}/preupload/(.+)", _Handler.preupload),
     (rf"/api/models/{_NAME}/commit/(.+)", _Handler.commit),
     (rf"/api/models/{_NAME}/tag/(.+)", _Handler.tag),

@@ -372,6 +372,20 @@ def test_server_sends_less_than_its_metadata_says(server, files, tmp_path, monke
     assert_nothing_half_written(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [(500, hub.HubUnreachableError), (503, hub.HubUnreachableError), (403, hub.CodebookAccessError)],
+)
+def test_server_that_answers_with_an_error(server, files, book, tmp_path, status, error):
+    server.add(REPO, files)
+    server.status[TENSOR_FILE] = status
+    with pytest.raises(error, match=REPO):
+        hub.pull(REPO)
+    assert_nothing_half_written(tmp_path)
+    server.status.clear()
+    assert_same(hub.pull(REPO), book)
+
+
 def test_server_down(server, files, book, tmp_path):
     commit = server.add(REPO, files)
     hub.pull(REPO)

@@ -225,8 +225,10 @@ def hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
             "transformers-commvq push."
         ) from error
     except (EntryNotFoundError, OfflineModeIsEnabled, RevisionResolutionError, HTTPError) as error:
-        if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
-            raise CodebookAccessError(f"the Hub refused {at}: {error}") from error
+        # The client hides a refusal to send a file behind "not in the cache".
+        answer = error if isinstance(error, HfHubHTTPError) else error.__cause__
+        if isinstance(answer, HfHubHTTPError) and answer.response.status_code < 500:
+            raise CodebookAccessError(f"the Hub refused {at}: {answer}") from error
         if (cause := error.__cause__) and isinstance(cause, RevisionNotFoundError):
             raise CodebookNotFoundError(f"{repo_id} has no revision {revision!r}.") from error
         why = "offline mode is on (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} failed"
