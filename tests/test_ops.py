@@ -3,35 +3,11 @@
 import pytest
 import torch
 from books import coded_past
+from definition import definition
 
 from transformers_commvq import ConfigError
-from transformers_commvq.ops import BACKENDS, attention, attention_exact, backend, decode, merge
+from transformers_commvq.ops import BACKENDS, attention, attention_exact, backend, merge
 from transformers_commvq.rope import Rope
-
-
-def definition(query, past, mask, scaling, softcap=None):
-    cos, sin = past.positions.tables(0, past.length, torch.device("cpu"))
-    keys = past.rope.rotate(decode(past.keys, past.book.keys), cos[:, None], sin[:, None]).double()
-    values = decode(past.values, past.book.values).double()
-    out = torch.zeros(query.shape, dtype=torch.float64)
-    lse = torch.full(query.shape[:3], -torch.inf, dtype=torch.float64)
-    group = query.shape[1] // keys.shape[1]
-    for b in range(query.shape[0]):
-        for h in range(query.shape[1]):
-            for i in range(query.shape[2]):
-                score = keys[b, h // group] @ query[b, h, i].double() * scaling
-                score = score if softcap is None else torch.tanh(score / softcap) * softcap
-                if mask is not None:
-                    row = mask[min(b, mask.shape[0] - 1), 0, min(i, mask.shape[2] - 1), : past.length]
-                    score = score.masked_fill(~row, -torch.inf) if row.dtype == torch.bool else score + row
-                if past.hidden is not None:
-                    lo, hi = past.hidden[b].tolist()
-                    score[lo:hi] = -torch.inf
-                if (score > -torch.inf).any():
-                    out[b, h, i] = score.softmax(0) @ values[b, h // group]
-                    lse[b, h, i] = score.logsumexp(0)
-    return out, lse
-
 
 # Largest error of out, relative, and of lse. The jit backend's tables are int16: finer than float16 keys, not float32.
 TOLERANCE = {"reference": 1e-5, "blockwise": 1e-5, "jit": 1e-3, "triton": 2e-3}

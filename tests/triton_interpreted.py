@@ -1,10 +1,12 @@
 """The Triton kernels in Triton's interpreter, against the reference; run by test_triton.py in a process of its own."""
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
 from books import coded_past, sign_book, track
+from definition import definition
 
 from transformers_commvq.ops import attention_triton as attention_module
 from transformers_commvq.ops import decode, triton_signs
@@ -13,6 +15,7 @@ from transformers_commvq.ops.attention_reference import attention_reference
 from transformers_commvq.ops.attention_triton import attention_triton, split_plan, supports
 from transformers_commvq.ops.encode import encode_signs
 from transformers_commvq.ops.encode_triton import encode_signs_triton
+from transformers_commvq.ops.merge import merge
 from transformers_commvq.ops.past import CodedPast
 from transformers_commvq.ops.triton_tables import BLOCK, layer_tables, rotations
 from transformers_commvq.packing import CodeLayout, pack
@@ -59,9 +62,7 @@ CASES = {
         4,
         1,
     ),
-    "head_dim 80": (dict(tokens=70, dim=80, key_bits=(80, 24), value_bits=(40, 160)), 1, 1),
     "head_dim 96, three chunks": (dict(tokens=40, dim=96, key_bits=(72,), value_bits=(288,)), 16, 1),
-    "head_dim 128": (dict(tokens=66, dim=128, key_bits=(128,), value_bits=(256,)), 4, 1),
     "head_dim 256, wide chunks": (dict(tokens=40, dim=256, key_bits=(264,), value_bits=(520,)), 1, 1),
     "interleaved pairs": (dict(rope=Rope("interleaved", 16)), 2, 1),
     "partial rotary": (dict(rope=Rope("half", 8), dim=24), 2, 1),
@@ -78,10 +79,66 @@ def test_attention_agrees_with_the_reference(case):
     check(coded_past(**settings), group, queries)
 
 
+@dataclass
+class Point:
+    """One point of the grid: head_dim, query heads of a KV head, and what else comes with it.
+
+    padding: a batch of two rows, the second with so many tokens of padding on the left, whose sinks are hidden.
+    window: each query sees so many tokens before it. sink_logits: one more logit in every softmax.
+    """
+
+    dim: int
+    ratio: int
+    bits: tuple[int, ...] = (64,)
+    queries: int = 1
+    tokens: int = 70
+    padding: int = 0
+    window: int | None = None
+    softcap: float | None = None
+    sink_logits: bool = False
+
+
+GRID = [
+    Point(64, 1, bits=(64, 40)),
+    Point(64, 16, bits=(128,), softcap=3.0),
+    Point(64, 4, queries=7, padding=9, window=30),
+    Point(80, 8, padding=17, window=25, softcap=2.0),
+    Point(96, 2, bits=(96, 192), sink_logits=True),
+    Point(128, 4, bits=(128,), padding=5, sink_logits=True),
+    Point(128, 16, bits=(256,), tokens=BLOCK + 20, window=100),
+    Point(128, 2, bits=(104,), queries=9, softcap=4.0, sink_logits=True),
+    Point(192, 8, bits=(192,), tokens=40, padding=3, softcap=5.0),
+    Point(256, 1, bits=(256,), tokens=40, window=12, sink_logits=True),
+    Point(256, 16, bits=(136,), tokens=40, padding=6, window=20, softcap=2.0, sink_logits=True),
+]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("queries", [1, 6])
-def test_half_precision_queries(dtype, queries):
-    check(coded_past(tokens=150), 2, queries, dtype, spread=2.0)
+@pytest.mark.parametrize("point", GRID, ids=lambda p: f"head_dim {p.dim}, ratio {p.ratio}")
+def test_every_point_of_the_grid_agrees_with_float64(point, dtype):
+    """Relative error at most 2e-3 for float16 queries, 1e-2 for bfloat16."""
+    batch = 2 if point.padding else 1
+    hidden = [[0, 4], [point.padding, point.padding + 4]] if point.padding else None
+    past = coded_past(
+        batch, point.tokens, point.bits, point.bits[::-1], point.dim, starts=(0, -point.padding)[:batch], hidden=hidden
+    )
+    g = torch.Generator().manual_seed(8)
+    query = torch.randn(batch, past.heads * point.ratio, point.queries, point.dim, generator=g).to(dtype)
+    token, newest = torch.arange(point.tokens), point.tokens + torch.arange(point.queries)
+    mask = torch.ones(batch, 1, point.queries, point.tokens, dtype=torch.bool)
+    if point.padding:
+        mask[1, ..., : point.padding] = False
+    if point.window:
+        mask &= token > newest[:, None] - point.window
+    mask = mask if point.padding or point.window else None
+    logits = torch.randn(query.shape[1], generator=g) + 2 if point.sink_logits else None
+    want, want_lse = definition(query, past, mask, point.dim**-0.5, point.softcap, logits)
+
+    out, lse = attention_triton(query, past, mask, point.dim**-0.5, point.softcap)
+    if logits is not None:
+        out, lse = merge(out, lse, torch.zeros_like(out), logits[None, :, None].expand_as(lse))
+    assert (out.double() - want).norm() <= TOLERANCE[dtype] * want.norm()
+    assert (lse.double() - want_lse).abs().max() <= 2 * TOLERANCE[dtype]
 
 
 def test_sinks_are_hidden_in_each_row_by_its_own_range():
