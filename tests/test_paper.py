@@ -336,15 +336,22 @@ class Trap:
         return print, ("unpickled",)
 
 
-def test_the_importer_runs_no_code_of_a_file(tmp_path, capsys):
-    path = tmp_path / "000_0.pt"
-    torch.save({"steps": [Trap()]}, path)
-    with pytest.raises(CodebookFormatError):
-        read_key_file(path)
-    path.write_bytes(pickle.dumps(Trap()))
-    with pytest.raises(CodebookFormatError):
-        read_key_file(path)
-    assert "unpickled" not in capsys.readouterr().out
+@pytest.mark.parametrize("way", ["inside good tensors", "in a zip archive", "a bare pickle"])
+def test_the_importer_runs_no_code_of_a_file(published, tmp_path, capsys, way):
+    keys, values, thetas, _ = published
+    for path in keys.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    path = tmp_path / "001_1.pt"  # the last that is read
+    if way == "a bare pickle":
+        path.write_bytes(pickle.dumps(Trap(), protocol=2))
+    else:
+        steps = [{"theta": t, "clustering_centers": centres_of(t)} for t in thetas[1][1]]
+        torch.save({"steps": steps, "note": Trap()} if way == "inside good tensors" else Trap(), path)
+    pickle.loads(path.read_bytes()) if way == "a bare pickle" else torch.load(path, weights_only=False)
+    assert "unpickled" in capsys.readouterr().out, "not a trap"
+    with pytest.raises(CodebookFormatError, match="001_1.pt is no key codebook"):
+        import_paper(tmp_path, values, tmp_path / "out", BASE, LICENSE)
+    assert "unpickled" not in capsys.readouterr().out and not (tmp_path / "out").exists()
 
 
 def test_centres_that_do_not_commute_are_refused(published, tmp_path):
