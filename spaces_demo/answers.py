@@ -17,7 +17,7 @@ from style import safe, table
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache, PreTrainedModel
 
 from transformers_commvq import CommVQCache, CommVQConfig, ConfigError, demo_model, demo_text, enable, make_cache
-from transformers_commvq.demo import cache_bytes
+from transformers_commvq.demo import cache_bytes, choose_device_and_dtype
 from transformers_commvq.geometry import ModelReading, cache_name, read_model
 
 RATES = ("2", "1")  # bits an element; SmolLM2's codebooks at these ship with the package
@@ -52,14 +52,13 @@ class Loaded:
 
 @functools.cache
 def _load() -> Loaded:
-    gpu = torch.cuda.is_available()
-    dtype = torch.bfloat16 if gpu else torch.float32  # bfloat16 is slower on most CPUs
+    device, dtype = choose_device_and_dtype("auto", "auto")
     if os.environ.get("SPACE_ID"):  # set on the Hub
         tokenizer = AutoTokenizer.from_pretrained(demo_model.BASE_MODEL)
         model = AutoModelForCausalLM.from_pretrained(demo_model.BASE_MODEL, dtype=dtype).eval()
     else:
         model, tokenizer = demo_model.load(dtype)
-    model.to("cuda" if gpu else "cpu")
+    model.to(device)
     enable(model, CommVQConfig(base_model=demo_model.BASE_MODEL))
     return Loaded(model, tokenizer, read_model(model, demo_model.BASE_MODEL))
 
@@ -127,7 +126,7 @@ def sample(name: str) -> str:
         ConfigError: no such sample.
     """
     if name == SAMPLES[0]:
-        return demo_text.build_content(load().tokenizer, 1850)
+        return demo_text.build_content(load().tokenizer, 1750)
     if name == SAMPLES[1]:
         return f"Summarize this text in a few sentences.\n\n{heapq.__about__.strip()}"
     if name == SAMPLES[2]:

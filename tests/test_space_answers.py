@@ -17,7 +17,7 @@ from transformers_commvq import ConfigError, demo_text, make_cache
 from transformers_commvq.demo import cache_bytes
 from transformers_commvq.geometry import generate_cache_name
 
-LONG = "Tell me about heaps. " + " ".join(f"Heap number {i} is a tree." for i in range(40))
+LONG = "Tell me about heaps. " + " ".join(f"Heap number {i} is a tree." for i in range(28))
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def client(loaded):
 @pytest.mark.slow
 def test_answers_are_those_of_generate(loaded, client):
     """Streamed over the network: text, and bytes of the cache, as generate() has them with each cache."""
-    job = client.submit(LONG, "1", 12, api_name="/answer")
+    job = client.submit(LONG, "1", 8, api_name="/answer")
     last = job.result(timeout=120)
     states = job.outputs()
     assert states[0]["read_seconds"] is None
@@ -46,8 +46,8 @@ def test_answers_are_those_of_generate(loaded, client):
     assert last["done"] and not states[-2]["done"]
     model, name = loaded.model, generate_cache_name()
     ids = torch.tensor([demo_text.chat_ids(loaded.tokenizer, LONG)])
-    assert last["prompt_tokens"] == ids.shape[1] > 300
-    settings = {"do_sample": False, "max_new_tokens": 12, "return_dict_in_generate": True}
+    assert last["prompt_tokens"] == ids.shape[1] > 240
+    settings = {"do_sample": False, "max_new_tokens": 8, "return_dict_in_generate": True}
     made = {
         side: model.generate(ids, attention_mask=torch.ones_like(ids), kv_cache=kv_cache, **settings)
         for side, kv_cache in (("plain", False), ("commvq", {"bits": 1.0}))
@@ -57,19 +57,19 @@ def test_answers_are_those_of_generate(loaded, client):
         assert last[side]["text"] == loaded.tokenizer.decode(written[side], skip_special_tokens=True)
         assert last[side]["cache_tokens"] == result[name].get_seq_length()
         assert last[side]["cache_bytes"] == pytest.approx(cache_bytes(result[name])[0], rel=0.01)  # spare room
-    assert last["commvq"]["cache_bytes"] < last["plain"]["cache_bytes"] / 2
+    assert last["commvq"]["cache_bytes"] < last["plain"]["cache_bytes"]
     index = next((i for i, (a, b) in enumerate(zip(*written.values(), strict=False)) if a != b), None)
     assert (last["difference"] or {"index": None})["index"] == index
 
 
 @torch.inference_mode()
 def test_filled_cache_is_the_one_a_pass_makes(loaded):
-    ids = torch.tensor([loaded.tokenizer(LONG)["input_ids"]])[:, :300]
+    ids = torch.tensor([loaded.tokenizer(LONG)["input_ids"]])[:, :220]
     plain, ours, own = answers.DynamicCache(config=loaded.model.config), *(make_cache(loaded.model) for _ in range(2))
     loaded.model(input_ids=ids, cache=plain, use_cache=True, logits_to_keep=1)
     loaded.model(input_ids=ids, cache=own, use_cache=True, logits_to_keep=1)
     answers.fill(loaded, plain, ours)
-    assert ours.get_seq_length() == own.get_seq_length() == 300
+    assert ours.get_seq_length() == own.get_seq_length() == 220
     for mine, theirs in zip(ours.layers, own.layers, strict=True):
         assert mine.coded == theirs.coded > 0
         for tensor in ("key_codes", "value_codes", "keys", "values", "sink_keys", "sink_values"):
