@@ -7,10 +7,10 @@ from triton_interpreted import poisoned  # noqa: F401  (a fixture: torch.empty f
 
 from transformers_commvq import LayerBook
 from transformers_commvq.index_book import ENTRIES, IndexBook, JointBinaryBook
-from transformers_commvq.ops import attention_index as index_module
+from transformers_commvq.ops import attention_triton_index as index_module
 from transformers_commvq.ops import encode, gpu
-from transformers_commvq.ops.attention_index import attention_index, supports
 from transformers_commvq.ops.attention_reference import attention_reference
+from transformers_commvq.ops.attention_triton_index import attention_index, supports
 from transformers_commvq.ops.past import CodedPast
 from transformers_commvq.ops.triton_tables import BLOCK, rotations
 from transformers_commvq.packing import pack_indices, with_scale

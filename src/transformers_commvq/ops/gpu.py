@@ -50,7 +50,7 @@ def obstacle(query: torch.Tensor, past: CodedPast) -> str | None:
 def _kernels(kind: str) -> tuple[Callable[..., bool], Attend]:
     """What tells whether the kernels for a kind of code can do something, and what does it."""
     if kind == IndexBook.kind:
-        from .attention_index import attention_index, supports
+        from .attention_triton_index import attention_index, supports
 
         return supports, attention_index
     from .attention_triton import attention_triton, supports
@@ -179,9 +179,9 @@ def held_bytes(book: LayerBook) -> int:
     """Bytes of what the kernels read in place of a layer's codebooks, as far as it was made."""
     if not available():
         return 0
-    from . import attention_index, encode_triton, triton_tables
+    from . import attention_triton_index, encode_triton, triton_tables
 
-    held = triton_tables.held_bytes(book) + attention_index.held_bytes(book.keys)
+    held = triton_tables.held_bytes(book) + attention_triton_index.held_bytes(book.keys)
     return held + sum(map(encode_triton.held_bytes, (book.keys, book.values)))
 
 
