@@ -2,6 +2,7 @@
 
     python scripts/compile_kernels.py                       the table, as printed text
     python scripts/compile_kernels.py --docs docs/kernels.md   put the table into the page
+    python scripts/compile_kernels.py --docs docs/kernels.md --beside old.json   with columns of another run's json
     python scripts/compile_kernels.py --json out.json --targets sm_90 gfx942 --kernels decode
 
 No GPU is needed: the compilers and disassemblers come with triton. Counts are static; they are not times. Must not run
@@ -103,7 +104,7 @@ def encode():
         "target_ptr": "*fp32", "signs_ptr": "*i8", "gram_high_ptr": "*fp16", "gram_low_ptr": "*fp16",
         "inner_ptr": "*fp32", "scale_ptr": "*fp32", "bits_ptr": "*i32", "first_ptr": "*i32", "codes_ptr": "*u8",
     }  # fmt: skip
-    yield Kernel("encode: improve_signs", improve_signs, types, dict(TOKENS=64, DEPTH=64), 8, spills=40)
+    yield Kernel("encode: improve_signs", improve_signs, types, dict(TOKENS=64, DEPTH=64), 8)
     yield Kernel("encode: pack_signs", pack_signs, types, dict(TOKENS=64, BYTES=8))
 
 
@@ -117,7 +118,7 @@ def index(stages, bits):
     settings = dict(
         GROUPS=4, STAGES=stages, PAIRS=64, ROWS=16, TOKENS=32, BLOCK=128, INDEXED=False, STARTS=True, index_ptr=None
     )
-    yield Kernel("index codes: index_scores", index_scores, pointers, settings)
+    yield Kernel("index codes: index_scores", index_scores, pointers, settings, spills=4)
     pointers = {"values_ptr": "*u8", "weight_ptr": "*fp32", "sum_ptr": "*fp32"}
     settings = dict(BITS=bits, WIDTH=128, ROWS=16, TOKENS=32)
     yield Kernel("index codes: weighted_bits", weighted_bits, pointers, settings, essential=False)
@@ -132,7 +133,7 @@ def merge(dim, width):
 
 KERNELS = [
     attend("decode, head_dim 128, values to 128 bits", 4, 8, 64, 64, 64, 128, 1, essential=True),
-    attend("decode, head_dim 128, values to 512 bits", 4, 8, 64, 64, 64, 128, 4, spills=40),
+    attend("decode, head_dim 128, values to 512 bits", 4, 8, 64, 64, 64, 128, 4, spills=48),
     attend("decode, head_dim 64", 3, 8, 32, 64, 64, 128, 1),
     attend("decode, head_dim 256", 2, 8, 128, 32, 32, 128, 2, spills=40),
     attend(
@@ -149,7 +150,7 @@ KERNELS = [
         MASK=2,
         SOFTCAP=True,
     ),
-    attend("many queries, head_dim 128", 4, 64, 64, 64, 64, 128, 1, warps=8, spills=120),
+    attend("many queries, head_dim 128", 4, 64, 64, 64, 64, 128, 1, warps=8, spills=136, essential=True),
     merge(128, 128),
     *encode(),
     *index(11, 1024),
@@ -163,6 +164,7 @@ def compile_one(kernel: Kernel, target: str) -> dict[str, object]:
         kernel.source(), target=TARGETS[target], options={"num_warps": kernel.warps, "num_stages": 2}
     )
     counts: dict[str, object] = {"kernel": kernel.name, "target": target, "shared": built.metadata.shared}
+    counts["triton"] = triton.__version__
     if TARGETS[target].backend == "cuda":
         counts |= _nvidia(built.asm["cubin"], kernel)
     else:
@@ -222,14 +224,22 @@ def excess(counts: dict[str, object]) -> str:
     return ", ".join(f"{n} {counts[n]} > {bound}" for n, bound in bounds.items() if counts[n] > bound)
 
 
-def table(rows: list[dict[str, object]]) -> str:
-    lines = [
-        "| kernel | target | registers | spills | shared memory, bytes | instructions | a token and head |",
-        "|---|---|---|---|---|---|---|",
-    ]
+def table(rows: list[dict[str, object]], beside: list[dict[str, object]] = ()) -> str:
+    """beside: rows of another version of triton, of which spills and the last column are shown too."""
+    columns = {
+        "kernel": "kernel", "target": "target", "registers": "registers", "spills": "spills",
+        "shared": "shared memory, bytes", "instructions": "instructions", "per_token_head": "a token and head",
+    }  # fmt: skip
+    others = {(row["kernel"], row["target"]): row for row in beside}
+    more = [f"{columns[name]}, {beside[0]['triton']}" for name in ("spills", "per_token_head")] if beside else []
+    heads = [*columns.values(), *more]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for row in rows:
-        names = ("kernel", "target", "registers", "spills", "shared", "instructions")
-        lines.append("| " + " | ".join(str(row.get(n, "")) for n in names) + f" | {row.get('per_token_head', '')} |")
+        cells = [row.get(name, "") for name in columns]
+        if beside:
+            other = others.get((row["kernel"], row["target"]), {})
+            cells += [other.get("spills", ""), other.get("per_token_head", "")]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
 
@@ -248,6 +258,9 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path)
     parser.add_argument("--docs", type=Path, help="a page with the table's markers")
+    parser.add_argument(
+        "--beside", type=Path, help="json of a run with another triton, for further columns of the page"
+    )
     args = parser.parse_args()
     work = [(k.name, t) for k in KERNELS for t in args.targets if args.kernels in k.name]
     work = [(n, t) for n, t in work if not args.essential or _named(n).essential]
@@ -258,7 +271,8 @@ def main() -> int:
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))
     if args.docs:
-        into_page(args.docs, f"Compiled by triton {triton.__version__}.\n\n" + table(rows))
+        beside = json.loads(args.beside.read_text()) if args.beside else []
+        into_page(args.docs, f"Compiled by triton {triton.__version__}.\n\n" + table(rows, beside))
     over = [f"{r['kernel']} on {r['target']}: {excess(r)}" for r in rows if excess(r)]
     print(*over, sep="\n", file=sys.stderr)
     return bool(over)
