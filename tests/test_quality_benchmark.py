@@ -143,7 +143,18 @@ def toy(tmp_path):
     """What the command measures with, and its arguments, for the toy instead of SmolLM2."""
     texts = {"a text": "".join(f"Line {i} holds {i * i}.\n" for i in range(2000))}
     results = str(tmp_path / "results" / "toy.json")
-    arguments = ["--text", "a text=-", "--windows", "2", "--length", "400", "--results", results]
+    arguments = [
+        "--text",
+        "a text=-",
+        "--windows",
+        "2",
+        "--length",
+        "400",
+        "--results",
+        results,
+        "--work",
+        str(tmp_path),
+    ]
     return methods.Setting(None, Characters(), texts, tmp_path, None), arguments
 
 

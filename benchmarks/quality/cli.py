@@ -17,7 +17,7 @@ import hashlib
 import json
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,7 @@ def measure(model: PreTrainedModel, setting: Setting, args: argparse.Namespace) 
         "chunk": args.chunk,
         "texts": {label: {"windows": len(w), "tokens": _digest(w)} for label, w in windows.items()},
     }
-    with _results(args.results, settings) as results:
+    with _results(args, settings) as results:
         todo = [name for name in args.methods if args.again or name not in results["methods"]]
     if not todo:
         return
@@ -104,7 +104,7 @@ def measure(model: PreTrainedModel, setting: Setting, args: argparse.Namespace) 
             print(f"{name}: left out, {error}")
             row = {"left_out": str(error)}
         row["seconds"] = round(time.monotonic() - started, 1)
-        with _results(args.results, settings) as results:
+        with _results(args, settings) as results:
             results["methods"][name] = row
         if "texts" in row:
             print(report.table({"methods": {name: row}}).splitlines()[-1], flush=True)
@@ -132,24 +132,29 @@ def one(
 
 
 @contextmanager
-def _results(path: Path, settings: dict[str, Any]):
-    """The results so far, to read and change; written back at the end, while no other process has them.
+def _results(args: argparse.Namespace, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The results so far, to read and change; a change is written at the end, while no other process has them.
 
     Raises CommVQError when the file is of other settings.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):
-        results = json.loads(path.read_text()) if path.exists() else {"settings": settings, "methods": {}}
-        if results["settings"] != settings:
+    for folder in (args.results.parent, args.work):
+        folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(args.work / f"{args.results.stem}.lock"):
+        before = (
+            json.loads(args.results.read_text()) if args.results.exists() else {"settings": settings, "methods": {}}
+        )
+        if before["settings"] != settings:
             raise CommVQError(
-                f"{path} was measured with other settings or texts, and results must be of one kind. "
+                f"{args.results} was measured with other settings or texts, and results must be of one kind. "
                 "Fix: --results with another file, or remove this one."
             )
+        results = copy.deepcopy(before)
         yield results
-        results["methods"] = {name: results["methods"][name] for name in METHODS if name in results["methods"]}
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(results, indent=1) + "\n")
-        partial.replace(path)
+        if results != before:
+            results["methods"] = {name: results["methods"][name] for name in METHODS if name in results["methods"]}
+            partial = args.results.with_suffix(".partial")
+            partial.write_text(json.dumps(results, indent=1) + "\n")
+            partial.replace(args.results)
 
 
 def _digest(windows: Sequence[torch.Tensor]) -> str:
