@@ -27,18 +27,22 @@ def table(results: dict[str, Any]) -> str:
     head = ["cache", "bits an element"]
     head += [f"{label}: {what}" for label in labels for what in ("perplexity", "KL, nats")]
     plain = [next(iter(rows.values()))["texts"][label]["reference_perplexity"] for label in labels]
-    body = [["uncompressed", "16.00", *(cell for value in plain for cell in (f"{value:.3f}", ""))]] if rows else []
+    body = [["uncompressed", "16.00", *(cell for value in plain for cell in (f"{value:.5g}", ""))]] if rows else []
     for name, row in sorted(rows.items(), key=lambda item: -item[1]["bits"]):
         cells = [name, f"{row['bits']:.2f}"]
         for label in labels:
             got = row["texts"][label]
             error = got["kl_standard_error"]
             cells += [
-                f"{got['perplexity']:.3f} ({got['change']:+.1%})",
+                f"{got['perplexity']:.5g} ({_times(got['change'])})",
                 f"{got['kl']:.4f}" + ("" if error is None else f" ± {error:.4f}"),
             ]
         body.append(cells)
     return markdown_table(head, body)
+
+
+def _times(change: float) -> str:
+    return f"{change:+.1%}" if change < 1 else f"{1 + change:,.0f} times"
 
 
 def draw(file: Path) -> Path | None:
