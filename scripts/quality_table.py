@@ -21,7 +21,7 @@ def block(results: dict) -> str:
         return ""
     settings = results["settings"]
     texts = " and ".join(
-        f"{text['windows']} windows of {settings['length']:,} tokens of {label}"
+        f"{text['windows']} window{'s' * (text['windows'] > 1)} of {settings['length']:,} tokens of {label}"
         for label, text in settings["texts"].items()
     )
     about = (

@@ -199,7 +199,7 @@ def test_table_and_plot(tmp_path):
     }  # fmt: skip
     lines = report.table(results).splitlines()
     assert [line.split("|")[1].strip() for line in lines] == ["cache", "-" * 14, "uncompressed", "commvq-2", "commvq-1"]
-    assert [cell.strip() for cell in lines[4].split("|")[2:5]] == ["1.00", "10.5 (+5.0%)", "0.0250 ± 0.0010"]
+    assert [cell.strip() for cell in lines[4].split("|")[2:5]] == ["1.00", "10.50 (+5.0%)", "0.0250 ± 0.0010"]
     assert report.series(results, "prose") == {"commvq": [(1.0, 10.5), (2.0, 10.1)]}
     pytest.importorskip("matplotlib")
     file = tmp_path / "toy.json"

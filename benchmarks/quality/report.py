@@ -10,6 +10,7 @@ from transformers_commvq.table import markdown_table
 
 from .methods import DESCRIPTIONS, OURS, PAPER
 
+TOP = 1.2  # perplexities above this many times the uncompressed cache's are drawn at the edge, with their number
 STYLES = {
     "quanto": ("#4292c6", "s"), "hqq": ("#41ab5d", "^"), "fp8": ("#9e9ac8", "D"), "kivi": ("#8c6d31", "v"),
     "turboquant": ("#7b7b7b", "P"), PAPER: ("#e7969c", "X"), OURS: ("#d62728", "o"),
@@ -27,14 +28,14 @@ def table(results: dict[str, Any]) -> str:
     head = ["cache", "bits an element"]
     head += [f"{label}: {what}" for label in labels for what in ("perplexity", "KL, nats")]
     plain = [next(iter(rows.values()))["texts"][label]["reference_perplexity"] for label in labels]
-    body = [["uncompressed", "16.00", *(cell for value in plain for cell in (f"{value:.5g}", ""))]] if rows else []
+    body = [["uncompressed", "16.00", *(cell for value in plain for cell in (f"{value:,.2f}", ""))]] if rows else []
     for name, row in sorted(rows.items(), key=lambda item: -item[1]["bits"]):
         cells = [name, f"{row['bits']:.2f}"]
         for label in labels:
             got = row["texts"][label]
             error = got["kl_standard_error"]
             cells += [
-                f"{got['perplexity']:.5g} ({_times(got['change'])})",
+                f"{got['perplexity']:,.2f} ({_times(got['change'])})",
                 f"{got['kl']:.4f}" + ("" if error is None else f" ± {error:.4f}"),
             ]
         body.append(cells)
@@ -59,19 +60,23 @@ def draw(file: Path) -> Path | None:
     labels = list(results["settings"]["texts"])
     figure, grid = pyplot.subplots(1, len(labels), figsize=(5.5 * len(labels), 4.6), squeeze=False)
     for axes, label in zip(grid[0], labels, strict=True):
-        for kind, points in series(results, label).items():
+        measured = (row["texts"][label] for row in results["methods"].values() if "texts" in row)
+        plain = next(measured)["reference_perplexity"]
+        top = plain * TOP
+        axes.axhline(plain, color="#222222", lw=0.8, ls="--", label="uncompressed (16 bits)")
+        for number, (kind, points) in enumerate(series(results, label).items()):
             color, marker = STYLES[kind]
             bits, perplexity = zip(*points, strict=True)
             axes.plot(
-                bits, perplexity, color=color, marker=marker, ms=6, lw=2 if kind == OURS else 1.2,
-                label=DESCRIPTIONS[kind], zorder=3 if kind == OURS else 2,
+                bits, [min(p, top) for p in perplexity], color=color, marker=marker, lw=2 if kind == OURS else 1.2,
+                label=DESCRIPTIONS[kind], zorder=3 if kind == OURS else 2, clip_on=False,
             )  # fmt: skip
-        measured = (row["texts"][label] for row in results["methods"].values() if "texts" in row)
-        axes.axhline(
-            next(measured)["reference_perplexity"], color="#222222", lw=0.8, ls="--", label="uncompressed (16 bits)"
-        )
+            for x, y in points:
+                if y > top:
+                    place = (0, -12 - 9 * number)  # below the edge, one line a kind
+                    axes.annotate(f"{y:,.0f}", (x, top), place, textcoords="offset points", fontsize=7, color=color)
+        axes.set_ylim(top=top)
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
         axes.set_xticks([1, 1.5, 2, 3, 4, 5, 8], ["1", "1.5", "2", "3", "4", "5", "8"])
         axes.set_xlabel("bits an element, all that is stored counted")
         axes.set_title(label, fontsize=10)
