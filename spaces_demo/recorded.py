@@ -56,6 +56,9 @@ def _sources(root: Path) -> dict[str, Path]:
 
 def _tables(report: dict[str, Any]) -> list[str]:
     """A recording's numbers; empty for one of a kind that is not known here, or that has no numbers yet."""
+    if isinstance(report.get("caches"), dict):  # of transformers-commvq eval
+        rows = {name: row for name, row in report["caches"].items() if "passkey" in row}
+        return [table("Passkeys found", [_passkey_row(name, row) for name, row in rows.items()])] if rows else []
     if "caches" in report:
         return [table("The measurements", [_demo_row(row) for row in report["caches"]])]
     if "contexts" in report:
@@ -77,6 +80,13 @@ def _demo_row(row: dict[str, Any]) -> dict[str, str]:
         "KL to plain": "" if row["kl"] is None else f"{row['kl']:.3f}",
         "decoding": f"{row['decode']:.1f} tokens/s",
     }
+
+
+def _passkey_row(name: str, row: dict[str, Any]) -> dict[str, str]:
+    cells = {"cache": name, "bits an element": f"{row['bits']:.2f}"}
+    for length, found in row["passkey"].items():
+        cells[f"{int(length):,} tokens"] = f"{sum(found.values()) / len(found):.0%}"
+    return cells
 
 
 def _speed_row(name: str, row: dict[str, Any]) -> dict[str, str]:

@@ -30,5 +30,9 @@ def test_kernels_compile_for_every_target_within_bounds(tmp_path):
     kernels = {row["kernel"] for row in rows}
     assert {(r["kernel"], r["target"]) for r in rows} == {(k, t) for k in kernels for t in TARGETS}
     assert len(kernels) >= 4
-    instructions = [row["per_token_head"] for row in rows if row["target"] == "sm_90" and "per_token_head" in row]
-    assert instructions and max(instructions) <= 90
+    steps, many = {}, {}
+    for row in rows:
+        if row["target"] == "sm_90" and "per_token_head" in row:
+            (many if row["kernel"].startswith("many queries") else steps)[row["kernel"]] = row["per_token_head"]
+    assert steps and max(steps.values()) <= 90
+    assert many and max(many.values()) <= 300  # for 64 queries at a time
