@@ -113,10 +113,9 @@ class _Recorder:
     def _record(self, layer, key, value, cos, sin, importance):
         key = self.reading.rope.rope.unrotate(key, cos, sin)
         kept = self.positions.to(key.device)
-        for name, x in (("keys", key), ("values", value)):
+        tensors = {"keys": key, "values": value, "key_weights": importance[0], "value_weights": importance[1]}
+        for name, x in tensors.items():
             self.spool.add(layer, name, x[:, :, kept].transpose(0, 1).flatten(1, 2).float().cpu())
-        for name, x in zip(("key_weights", "value_weights"), importance, strict=True):
-            self.spool.add(layer, name, x[:, :, kept].transpose(0, 1).flatten(1, 2).cpu())
 
     @staticmethod
     def _add(sums: dict, layer: int, side: str, block: torch.Tensor) -> None:
