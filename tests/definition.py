@@ -3,6 +3,7 @@
 import torch
 
 from transformers_commvq.ops import decode
+from transformers_commvq.ops.attention_reference import attention_reference
 
 
 def definition(query, past, mask, scaling, softcap=None, sink_logits=None):
@@ -33,3 +34,21 @@ def definition(query, past, mask, scaling, softcap=None, sink_logits=None):
                     out[b, h, i] = score.softmax(0)[: past.length] @ values[b, h // group]
                     lse[b, h, i] = score.logsumexp(0)
     return out, lse
+
+
+def check_attention(attend, past, group, queries, tolerance, dtype=torch.float32, mask=None, softcap=None, spread=1.0):
+    """A backend against the reference on random queries: relative error of the output, absolute of the log-sum-exp.
+
+    attend: as ops.attention. group: query heads of a KV head. spread: standard deviation of the queries.
+    """
+    batch, dim = past.keys.shape[0], past.book.keys.head_dim
+    g = torch.Generator().manual_seed(5)
+    query = (torch.randn(batch, past.heads * group, queries, dim, generator=g) * spread).to(dtype)
+    want, want_lse = attention_reference(query, past, mask, dim**-0.5, softcap)
+    out, lse = attend(query, past, mask, dim**-0.5, softcap)
+    assert out.dtype == lse.dtype == torch.float32 and out.shape == want.shape and lse.shape == want_lse.shape
+    hidden = want_lse == -torch.inf
+    assert torch.equal(hidden, lse == -torch.inf)
+    assert not out[hidden].any() and not out.isnan().any()
+    assert (out - want).norm() <= tolerance * want.norm()
+    assert (lse - want_lse)[~hidden].abs().max() <= 4 * tolerance

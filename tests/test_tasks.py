@@ -11,7 +11,7 @@ from transformers_commvq import tasks
 from transformers_commvq.config import ConfigError
 from transformers_commvq.processes import Share
 from transformers_commvq.storage import uncompressed
-from transformers_commvq.tasks import Problem, accuracy, answered, greedy, gsm8k, passkey_retrieval, passkey_trials
+from transformers_commvq.tasks import Problem, Reader, accuracy, answered, gsm8k, passkey_retrieval, passkey_trials
 
 
 class Letters:
@@ -30,8 +30,31 @@ class Letters:
 def test_greedy_is_generate(chunk):
     model, ids = tiny_model("llama-gqa"), list(range(3, 40))
     expected = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False, eos_token_id=None)[0, 37:]
-    assert greedy(model, ids, uncompressed(model), 12, chunk) == expected.tolist()
-    assert greedy(model, ids, uncompressed(model), 12, chunk, lambda a: len(a) == 3) == expected[:3].tolist()
+    reader = Reader(model, uncompressed, chunk)
+    assert reader.answer(ids, 12) == expected.tolist()
+    assert reader.answer(ids, 12, lambda a: len(a) == 3) == expected[:3].tolist()
+
+
+def test_what_prompts_share_is_read_once_and_changes_nothing(monkeypatch):
+    """Answers and the chunks they come from are those of prompts read alone, whatever the guess of what is shared."""
+    model, text = tiny_model("llama-gqa"), list(range(3, 60))
+    prompts = [([*text[:47], 80], 47), ([*text[:47], 81, 82], 47), ([*text, 83], 57), (text[:20], 20), (text, 99)]
+    prompts += [([9, 9, *text], 30), (text[:30], 30), (text[:40], 0)]
+    alone = [Reader(model, uncompressed, 10).answer(ids, 5) for ids, _ in prompts]
+    read, step = [], Reader._step
+
+    def counted(self, ids, cache):
+        read.append(len(ids))
+        return step(self, ids, cache)
+
+    monkeypatch.setattr(Reader, "_step", counted)
+    reader, chunks = Reader(model, uncompressed, 10), []
+    for (ids, shared), want in zip(prompts, alone, strict=True):
+        read.clear()
+        assert reader.answer(ids, 5, shared=shared) == want
+        chunks.append(read[:-4])
+    assert chunks[:4] == [[10, 10, 10, 10, 8], [9], [10, 8], [10, 10]]
+    assert chunks[4] == [10] * 4 + [7] and chunks[6] == [10, 10, 10] and chunks[7] == [10, 10]
 
 
 def test_passkeys_are_hidden_where_they_should_be():
@@ -51,12 +74,13 @@ def test_passkeys_are_hidden_where_they_should_be():
 def test_shares_are_of_each_length_and_depth(monkeypatch):
     asked = []
 
-    def knows_odd_numbers(model, ids, cache, count, chunk):
+    def knows_odd_numbers(self, ids, count, shared):
+        assert 0 <= shared < len(ids)
         key = re.search(r"pass key is (\d+)", Letters().decode(ids)).group(1)
         asked.append(int(key))
         return [ord(c) for c in key] if int(key) % 2 else []
 
-    monkeypatch.setattr(tasks, "greedy", knows_odd_numbers)
+    monkeypatch.setattr(Reader, "answer", knows_odd_numbers)
     got = passkey_retrieval(tiny_model("llama-gqa"), Letters(), lengths=(300, 400), depths=(0.0, 0.5), trials=5)
     odd = [sum(key % 2 for key in asked[i : i + 5]) / 5 for i in range(0, 20, 5)]
     assert len(set(odd)) > 1
@@ -85,14 +109,15 @@ PROBLEMS = [Problem(f"What is {i} and {i}?", f"<<{i}+{i}={2 * i}>>{2 * i}.\n####
 def test_problems_are_asked_after_examples(monkeypatch):
     prompts = []
 
-    def adds(model, ids, cache, count, chunk, stop):
+    def adds(self, ids, count, stop, shared):
         prompts.append(Letters().decode(ids))
+        assert prompts[-1][:shared].count("Question:") == 3 and prompts[-1][shared:].startswith("Question:")
         assert not stop([ord("4")]) and stop([ord("\n"), ord("\n")]) and stop([0])
         number = int(re.findall(r"What is (\d+)", prompts[-1])[-1])
         said = "no idea" if number == 1005 else f" Sum.\n#### {2 * number:,}\n\nQuestion: 7"
         return [ord(c) for c in said]
 
-    monkeypatch.setattr(tasks, "greedy", adds)
+    monkeypatch.setattr(Reader, "answer", adds)
     answers = gsm8k(tiny_model("llama-gqa"), Letters(), uncompressed, PROBLEMS, count=2, shots=3)
     assert answers == ["2008", None] and accuracy(answers, PROBLEMS) == 0.5
     assert all(p.count("Question:") == 4 and "<<" not in p and "#### 2004" in p for p in prompts)

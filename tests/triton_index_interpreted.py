@@ -3,13 +3,13 @@
 import pytest
 import torch
 from books import track
+from definition import check_attention
 from triton_interpreted import poisoned  # noqa: F401  (a fixture: torch.empty full of NaN)
 
 from transformers_commvq import LayerBook
 from transformers_commvq.index_book import ENTRIES, IndexBook, JointBinaryBook
 from transformers_commvq.ops import attention_triton_index as index_module
 from transformers_commvq.ops import encode, gpu
-from transformers_commvq.ops.attention_reference import attention_reference
 from transformers_commvq.ops.attention_triton_index import attention_index, supports
 from transformers_commvq.ops.past import CodedPast
 from transformers_commvq.ops.triton_tables import BLOCK, rotations
@@ -35,18 +35,13 @@ def index_past(batch=1, tokens=100, heads=2, dim=32, stages=3, bits=40, starts=(
     return CodedPast(key_codes, value_codes, LayerBook(keys, values), Rope("half", dim), positions, hidden)
 
 
-def check(past, group, queries, dtype=torch.float32, mask=None, softcap=None, spread=1.0):
-    batch, dim = past.keys.shape[0], past.book.keys.head_dim
-    g = torch.Generator().manual_seed(5)
-    query = (torch.randn(batch, past.heads * group, queries, dim, generator=g) * spread).to(dtype)
+def check(past, group, queries, **kwargs):
+    check_attention(supported, past, group, queries, 2e-3, **kwargs)
+
+
+def supported(query, past, *args):
     assert supports(query, past)
-    want, want_lse = attention_reference(query, past, mask, dim**-0.5, softcap)
-    out, lse = attention_index(query, past, mask, dim**-0.5, softcap)
-    assert out.dtype == lse.dtype == torch.float32 and out.shape == want.shape
-    hidden = want_lse == -torch.inf
-    assert torch.equal(hidden, lse == -torch.inf) and not out[hidden].any() and not out.isnan().any()
-    assert (out - want).norm() <= 2e-3 * want.norm()
-    assert (lse - want_lse)[~hidden].abs().max() <= 8e-3
+    return attention_index(query, past, *args)
 
 
 CASES = {
@@ -67,7 +62,7 @@ def test_attention_agrees_with_the_reference(case):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_queries(dtype):
-    check(index_past(), 2, 2, dtype)
+    check(index_past(), 2, 2, dtype=dtype)
 
 
 def test_spans_of_tokens_and_slices_of_queries_are_put_together(monkeypatch):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from books import coded_past, sign_book, track
-from definition import definition
+from definition import check_attention, definition
 
 from transformers_commvq.ops import attention_triton as attention_module
 from transformers_commvq.ops import decode, triton_signs
@@ -37,19 +37,13 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(torch, "empty", fill)
 
 
-def check(past, group, queries, dtype=torch.float32, mask=None, softcap=None, spread=1.0):
-    batch, dim = past.keys.shape[0], past.book.keys.head_dim
-    g = torch.Generator().manual_seed(5)
-    query = (torch.randn(batch, past.heads * group, queries, dim, generator=g) * spread).to(dtype)
+def check(past, group, queries, dtype=torch.float32, **kwargs):
+    check_attention(supported, past, group, queries, TOLERANCE[dtype], dtype, **kwargs)
+
+
+def supported(query, past, *args):
     assert supports(query, past)
-    want, want_lse = attention_reference(query, past, mask, dim**-0.5, softcap)
-    out, lse = attention_triton(query, past, mask, dim**-0.5, softcap)
-    assert out.dtype == lse.dtype == torch.float32 and out.shape == want.shape and lse.shape == want_lse.shape
-    hidden = want_lse == -torch.inf
-    assert torch.equal(hidden, lse == -torch.inf)
-    assert not out[hidden].any() and not out.isnan().any()
-    assert (out - want).norm() <= TOLERANCE[dtype] * want.norm()
-    assert (lse - want_lse)[~hidden].abs().max() <= 4 * TOLERANCE[dtype]
+    return attention_triton(query, past, *args)
 
 
 CASES = {

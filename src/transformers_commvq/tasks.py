@@ -6,6 +6,7 @@ to a prompt that is still there in full.
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import re
@@ -33,38 +34,69 @@ def in_turn(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
     return [function(item) for item in items]
 
 
-@torch.inference_mode()
-def greedy(
-    model: PreTrainedModel,
-    ids: Sequence[int],
-    cache: Cache,
-    count: int,
-    chunk: int = 128,
-    stop: Callable[[list[int]], bool] = lambda answer: False,
-) -> list[int]:
-    """Plain greedy decoding through a cache; no generation config of the model can change it.
+class Reader:
+    """Reads prompts through a cache in chunks and answers them by plain greedy decoding.
 
-    ids: the prompt. count: most new tokens. chunk: tokens of the prompt a step. stop(answer so far): True ends it.
+    No generation config of the model can change the decoding. What a prompt shares with the one before it is read once:
+    a copy of the cache is kept at the last whole chunk of it, so that every prompt's chunks are those it would have had
+    alone.
     """
-    given = {cache_name(type(model)): cache, "use_cache": True, "logits_to_keep": 1}
-    ids = torch.tensor(ids, device=model.device)[None]
-    answer: list[int] = []
-    for start in range(0, ids.shape[1], chunk):
-        logits = model(input_ids=ids[:, start : start + chunk], **given).logits
-    while True:
-        answer.append(int(logits[0, -1].argmax()))
-        if len(answer) == count or stop(answer):
-            return answer
-        logits = model(input_ids=torch.tensor([answer[-1:]], device=model.device), **given).logits
+
+    def __init__(self, model: PreTrainedModel, make_cache: MakeCache, chunk: int = 128):
+        self.model, self.make_cache, self.chunk = model, make_cache, chunk
+        self._kept: tuple[list[int], Cache | None] = [], None
+
+    @torch.inference_mode()
+    def answer(
+        self,
+        ids: Sequence[int],
+        count: int,
+        stop: Callable[[list[int]], bool] = lambda answer: False,
+        shared: int = 0,
+    ) -> list[int]:
+        """Greedy continuation of a prompt.
+
+        ids: the prompt. count: most new tokens. stop(answer so far): True ends it.
+        shared: how many of the first tokens the next prompt will probably have too; a guess costs time at most.
+        """
+        ids = list(ids)
+        start, cache = self._begin(ids)
+        keep = min(shared, len(ids) - 1) // self.chunk * self.chunk
+        for at in range(start, len(ids), self.chunk):
+            if at == keep > start:
+                self._kept = ids[:at], copy.deepcopy(cache)
+            logits = self._step(ids[at : at + self.chunk], cache)
+        answer: list[int] = []
+        while True:
+            answer.append(int(logits[0, -1].argmax()))
+            if len(answer) == count or stop(answer):
+                return answer
+            logits = self._step(answer[-1:], cache)
+
+    def _begin(self, ids: list[int]) -> tuple[int, Cache]:
+        """A cache of the prompt's first tokens, and how many they are."""
+        known, cache = self._kept
+        if cache is not None and ids[: len(known)] == known and len(known) < len(ids):
+            return len(known), copy.deepcopy(cache)
+        self._kept = [], None
+        return 0, self.make_cache(self.model)
+
+    def _step(self, ids: list[int], cache: Cache) -> torch.Tensor:
+        given = {cache_name(type(self.model)): cache, "use_cache": True, "logits_to_keep": 1}
+        return self.model(input_ids=torch.tensor([ids], device=self.model.device), **given).logits
 
 
 @dataclass(frozen=True)
 class PasskeyTrial:
-    """One hidden number. length: tokens of the prompt, about. depth: 0 (start) to 1 (end). key: five digits."""
+    """One hidden number. length: tokens of the prompt, about. depth: 0 (start) to 1 (end). key: five digits.
+
+    before: what the prompt begins with, up to where the number is hidden.
+    """
 
     length: int
     depth: float
     key: str
+    before: str
     prompt: str
 
 
@@ -90,11 +122,12 @@ def passkey_trials(
         sentences = _sentences(tokenizer, haystack, length - 60)
         for depth in depths:
             place, draw = round(len(sentences) * depth), random.Random(f"{seed} {length} {depth:g}")
+            before = " ".join(sentences[:place])
             for _ in range(trials):
                 key = str(draw.randrange(10000, 100000))
                 hidden = f"The pass key is {key}. Remember it. {key} is the pass key."
                 prompt = " ".join([*sentences[:place], hidden, *sentences[place:], _ASK])
-                out.append(PasskeyTrial(length, depth, key, prompt))
+                out.append(PasskeyTrial(length, depth, key, before, prompt))
     return out
 
 
@@ -138,11 +171,11 @@ def passkey_retrieval(
 
     Raises ConfigError as ``passkey_trials`` does.
     """
+    reader = Reader(model, make_cache, chunk)
 
     def found(trial: PasskeyTrial) -> bool:
-        ids = tokenizer(trial.prompt)["input_ids"]
-        answer = greedy(model, ids, make_cache(model), len(tokenizer(f" {trial.key}")["input_ids"]) + 2, chunk)
-        return trial.key in tokenizer.decode(answer)
+        ids, key, before = (tokenizer(text)["input_ids"] for text in (trial.prompt, f" {trial.key}", trial.before))
+        return trial.key in tokenizer.decode(reader.answer(ids, len(key) + 2, shared=len(before)))
 
     planned = passkey_trials(tokenizer, lengths, depths, trials, seed, haystack)
     out: dict[int, dict[float, float]] = {length: dict.fromkeys(depths, 0) for length in lengths}
@@ -202,14 +235,15 @@ def gsm8k(
     if count < 1 or shots < 0 or count + shots > len(problems):
         raise ConfigError(f"{len(problems)} problems: {shots} examples and {count} questions were asked for.")
     examples = "".join(f"Question: {p.question}\nAnswer: {_plain(p.answer)}\n\n" for p in problems[:shots])
-    end = tokenizer.eos_token_id
+    end, shared = tokenizer.eos_token_id, len(tokenizer(examples)["input_ids"])
+    reader = Reader(model, make_cache, chunk)
 
     def finished(answer: list[int]) -> bool:
         return answer[-1] == end or "\n\n" in tokenizer.decode(answer[-4:])
 
     def solve(problem: Problem) -> str | None:
         ids = tokenizer(f"{examples}Question: {problem.question}\nAnswer:")["input_ids"]
-        answer = greedy(model, ids, make_cache(model), _SOLUTION_TOKENS, chunk, finished)
+        answer = reader.answer(ids, _SOLUTION_TOKENS, finished, shared)
         return answered(tokenizer.decode(answer))
 
     return run(solve, problems[-count:])
