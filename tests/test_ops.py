@@ -1,12 +1,15 @@
 """Every attention backend against the definition, written out here once more in float64."""
 
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from books import coded_past
 from definition import definition
 
 from transformers_commvq import ConfigError
-from transformers_commvq.ops import BACKENDS, attention, attention_exact, backend, merge
+from transformers_commvq.ops import BACKENDS, attention, attention_exact, backend, jit, merge, merged_attention
 from transformers_commvq.rope import Rope
 
 # Largest error of out, relative, and of lse. The jit backend's tables are int16: finer than float16 keys, not float32.
@@ -115,3 +118,44 @@ def test_forced_backend_ends_with_its_block():
     with backend("reference"):
         assert choose_backend(torch.zeros(1), past) == "reference"
     assert choose_backend(torch.zeros(1), past) == ("jit" if "jit" in BACKENDS else "blockwise")
+
+
+@pytest.mark.skipif("jit" not in BACKENDS, reason="needs numba")
+@pytest.mark.parametrize("openmp", [True, False])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_compiled_loops_give_the_same_whatever_the_threads(threads, openmp, monkeypatch):
+    """Threads claim tasks as they come; the OpenMP runtime of torch or, where there is none, Python's threads."""
+    past, before = coded_past(batch=2, tokens=2700, starts=(0, -9)), torch.get_num_threads()
+    query = torch.randn(2, 4, 1, 16, generator=torch.Generator().manual_seed(5))
+    keys, values = torch.randn(2, 2, 2, 21, 16, generator=torch.Generator().manual_seed(6))
+    want = merge(*attention_exact(query, keys, values, None, 0.25), *definition(query, past, None, 0.25))
+    if not openmp:
+        monkeypatch.setattr(jit, "_openmp", lambda: None)
+
+    def attend(_):
+        return merged_attention(query, [(keys, values)], None, past, None, 0.25)
+
+    torch.set_num_threads(threads)
+    try:
+        with ThreadPoolExecutor(3) as pool:  # several users of one model at once
+            results = list(pool.map(attend, range(12)))
+    finally:
+        torch.set_num_threads(before)
+    for got in results:
+        assert_agrees("jit", got, want)
+
+
+def test_a_copied_past_prepares_its_own():
+    """What a backend prepared may be views of the codes; a copy must not read those of the original."""
+    past = coded_past(tokens=60)
+    query = torch.randn(1, 2, 1, 16)
+    for name in BACKENDS:
+        with backend(name):
+            attention(query, past, None, 0.25)
+    twin = copy.deepcopy(past)
+    assert not twin.prepared
+    twin.keys.bitwise_not_()
+    want = definition(query, twin, None, 0.25)
+    for name in BACKENDS:
+        with backend(name):
+            assert_agrees(name, attention(query, twin, None, 0.25), want)

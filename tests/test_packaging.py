@@ -74,7 +74,7 @@ def test_every_third_party_import_is_declared():
     """Modules imported at the top of a file must come from the dependencies, or from an extra that guards them."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {d.split(">")[0].split("=")[0].split("[")[0].strip() for d in project["dependencies"]}
-    loops = ("jit_attend.py", "jit_encode.py", "jit_vectors.py")
+    loops = ("jit_attend.py", "jit_block.py", "jit_encode.py", "jit_exact.py", "jit_vectors.py")
     guarded = {"demo_report.py": {"matplotlib", "rich"}, **{name: {"numba", "llvmlite"} for name in loops}}
     for path in SOURCE.rglob("*.py"):
         for node in ast.parse(path.read_text()).body:

@@ -103,6 +103,7 @@ class CommVQLayer(BaseQuantizedLayer):
         # sink lies. Asking would make the host wait at every step.
         self._sinks_known, self._sinks_end = self.sink_tokens == 0, 0
         self._hidden: torch.Tensor | None = None
+        self._past: CodedPast | None = None  # see coded_past
 
     @_stored
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -177,7 +178,6 @@ class CommVQLayer(BaseQuantizedLayer):
             self._joined = key_states, tuple(torch.cat(pair, 2) for pair in pairs)
         return self._joined[1]
 
-    @_stored
     def append(self, key_states: torch.Tensor, value_states: torch.Tensor, mask: Any) -> None:
         """Store tokens after attention has used them, and encode what leaves the window.
 
@@ -185,14 +185,20 @@ class CommVQLayer(BaseQuantizedLayer):
         """
         self.cumulative_length += key_states.shape[2]
         self._pending = False
-        self._find_sinks(mask)
+        if not self._sinks_known:
+            self._find_sinks(mask)
         waiting = self.cumulative_length - self.coded
         flush = max(waiting - self.residual_length, 0) // FLUSH * FLUSH
         new = self.with_new(key_states, value_states)
         self._joined = None
-        if self.keys.shape[2] and not flush:
-            self.keys, self.values = new
-            return
+        if self.keys.shape[2] and not flush:  # most steps of decoding
+            self.keys, self.values = (t.detach() for t in new)
+        else:
+            self._flush(new, flush)
+
+    @_stored
+    def _flush(self, new: tuple[torch.Tensor, torch.Tensor], flush: int) -> None:
+        """Encode the oldest ``flush`` tokens and keep the others as the window."""
         for start in range(0, flush, CHUNK):
             stop = min(start + CHUNK, flush)
             self._encode(*(t[:, :, start:stop] for t in new), room_for=self.coded + flush - start)
@@ -203,6 +209,7 @@ class CommVQLayer(BaseQuantizedLayer):
         start, stop = self.coded, self.coded + keys.shape[2]
         self._keep_sinks(keys, values, start, stop)
         cos, sin = (t[:, None] for t in self.positions.tables(start, stop, keys.device))
+        self._past = None  # or it would keep the codes' old memory
         self._reserve(room_for)
         self.key_codes[:, start:stop] = self._quantize(self.rope.unrotate(keys.float(), cos, sin), self.book.keys)
         self.value_codes[:, start:stop] = self._quantize(values, self.book.values)
@@ -220,12 +227,11 @@ class CommVQLayer(BaseQuantizedLayer):
             new[:, : self.coded] = old[:, : self.coded]
             setattr(self, name, new)
 
+    @_stored
     def _find_sinks(self, mask: Any) -> None:
-        if self._sinks_known:
-            return
         first = _first_visible(mask, self.batch_size, self.cumulative_length, self.device)
         self.sink_start = torch.where(self.sink_start < 0, first, self.sink_start)
-        self._hidden = None
+        self._hidden = self._past = None
         starts = self.sink_start.tolist()
         self._sinks_known, self._sinks_end = min(starts) >= 0, max(starts) + self.sink_tokens
 
@@ -256,11 +262,17 @@ class CommVQLayer(BaseQuantizedLayer):
         return token, (self.sink_start[:, None] >= 0) & (token < self.coded)
 
     def coded_past(self) -> CodedPast:
-        """The codes in use, as attention takes them."""
+        """The codes in use, as attention takes them; the same object until one of them changes."""
         if self._hidden is None and self.sink_tokens:
             start = self.sink_start.clamp_min(0)
             stop = torch.where(self.sink_start < 0, start, start + self.sink_tokens)
             self._hidden = torch.stack([start, stop], 1)
+        if self._past is None:
+            self._past = self._new_past()
+        return self._past
+
+    @_stored
+    def _new_past(self) -> CodedPast:
         keys, values = self.key_codes[:, : self.coded], self.value_codes[:, : self.coded]
         return CodedPast(keys, values, self.book, self.rope, self.positions, self._hidden)
 
@@ -296,7 +308,7 @@ class CommVQLayer(BaseQuantizedLayer):
         length = max(self.cumulative_length + tokens_to_remove, 0)
         window = max(length - self.coded, 0)
         self.keys, self.values = self.keys[:, :, :window].clone(), self.values[:, :, :window].clone()
-        self.coded, self.cumulative_length = min(self.coded, length), length
+        self.coded, self.cumulative_length, self._past = min(self.coded, length), length, None
         if length < self._sinks_end:  # the tokens that come instead may begin elsewhere
             self.sink_start = self.sink_start.masked_fill(self.sink_start >= length, -1)
             self._hidden, self._sinks_known = None, self.sink_tokens == 0
@@ -306,7 +318,7 @@ class CommVQLayer(BaseQuantizedLayer):
         if self.is_initialized:
             for name in ("key_codes", "value_codes", "sink_keys", "sink_values", "sink_start", "keys", "values"):
                 setattr(self, name, change(getattr(self, name)))
-            self.batch_size, self._hidden = self.keys.shape[0], None
+            self.batch_size, self._hidden, self._past = self.keys.shape[0], None, None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 import threading
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cache
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,7 @@ from .past import CodedPast
 
 MAX_ROWS = 16  # queries of a group of heads; more are a matrix product, which the blockwise backend does better
 LANES = 16  # int16 numbers of a vector: elements of a key are padded to a multiple
+THREAD_TOKENS = 512  # tokens of one head that make another thread worth its start
 LOG2E = math.log2(math.e)
 
 _lock = threading.Lock()
@@ -111,21 +114,81 @@ def _layer_tables(book: LayerBook, rope: Rope) -> LayerTables:
     )
 
 
+@dataclass
+class _Codes:
+    """What the loops read of a compressed past: made once for all steps between two encodings.
+
+    fields: those of a block that stay (from jit_block.HELD on). arrays: what their addresses mean, kept alive.
+    rotations: the arrays among them that may change while codes do not.
+    """
+
+    tables: LayerTables
+    rotations: Any
+    fields: array[int]
+    arrays: tuple[np.ndarray, ...]
+
+    @classmethod
+    def of(cls, past: CodedPast, rotations: Any) -> _Codes:
+        from .jit_block import HELD, Field
+
+        keys, values, tables = past.book.keys, past.book.values, layer_tables(past.book, past.rope)
+        (key_codes, key_row), (value_codes, value_row) = jit.storage(past.keys), jit.storage(past.values)
+        arrays = {
+            Field.KEY_CODES_AT: key_codes,
+            Field.VALUE_CODES_AT: value_codes,
+            Field.TABLES_AT: tables.entries,
+            Field.ORDER_AT: tables.order,
+            Field.SCALE_AT: tables.scale,
+            Field.COS_AT: rotations.cos,
+            Field.SIN_AT: rotations.sin,
+            Field.START_COS_AT: rotations.first_cos,
+            Field.START_SIN_AT: rotations.first_sin,
+            Field.BROKEN_AT: rotations.broken,
+            Field.WHOLE_COS_AT: rotations.whole_cos,
+            Field.WHOLE_SIN_AT: rotations.whole_sin,
+            Field.HIDDEN_AT: np.empty((0, 2), np.int64) if past.hidden is None else past.hidden.numpy(),
+            Field.SIGNS_AT: _signs(),
+            Field.VECTORS_AT: tables.vectors,
+            Field.MEAN_AT: tables.mean,
+        }
+        for side, book in (("KEY", keys), ("VALUE", values)):
+            first, bits = jit.first_and_bits(book.layout)
+            arrays |= {Field[f"{side}_FIRST_AT"]: first, Field[f"{side}_BITS_AT"]: bits}
+        assert all(a.flags.c_contiguous for a in arrays.values())
+        numbers = {
+            Field.KEY_STRIDE: key_row,
+            Field.KEY_WIDTH: keys.token_bytes,
+            Field.VALUE_STRIDE: value_row,
+            Field.VALUE_WIDTH: values.token_bytes,
+            Field.TOKENS: past.length,
+            Field.MOST_VALUE_BITS: values.layout.max_bits,
+            Field.HEAD_DIM: keys.head_dim,
+            Field.VALUE_DIM: values.head_dim,
+            Field.START_ROWS: rotations.first_cos.shape[0],
+            Field.HIDDEN_ROWS: arrays[Field.HIDDEN_AT].shape[0],
+        } | {field: a.ctypes.data for field, a in arrays.items()}
+        held = array("q", (numbers[field] for field in list(Field)[HELD:]))
+        return cls(tables, rotations, held, tuple(arrays.values()))
+
+
+def _codes(past: CodedPast, offsets: int, width: int) -> _Codes:
+    rotations = past.positions.groups(past.length, offsets, width)
+    known = past.prepared.get("jit")
+    if known is None or known.rotations is not rotations:
+        known = past.prepared["jit"] = _Codes.of(past, rotations)
+    return known
+
+
 @cache
 def _kernels() -> Any:
-    from . import jit_attend
+    from . import jit_attend, jit_block
 
-    return jit_attend
+    return jit_attend, jit_block
 
 
 @cache
 def _signs():
     return sign_table(torch.float32, "cpu").flatten().numpy()
-
-
-@cache
-def _nothing():
-    return np.empty((0, 0, 0, 0), np.float32), np.empty((0, 2), np.int64)
 
 
 def supports(query: torch.Tensor, past: CodedPast) -> bool:
@@ -162,55 +225,48 @@ def merged_jit(
     asked_rows = heads // past.heads * count
     # Kernels are compiled for a number of rows: a step of decoding gets its own, more queries share two sizes.
     rows = asked_rows if count == 1 else next(r for r in (MAX_ROWS // 2, MAX_ROWS) if r >= asked_rows)
-    kernels, book, tables = _kernels(), past.book, layer_tables(past.book, past.rope)
-    turns = past.positions.groups(past.length, kernels.OFFSETS, kernels.WIDTH)
-    key_codes, key_row = jit.storage(past.keys)
-    value_codes, value_row = jit.storage(past.values)
-    key_first, key_bits = jit.first_and_bits(book.keys.layout)
-    value_first, value_bits = jit.first_and_bits(book.values.layout)
-    no_bias, no_hidden = _nothing()
-    hidden = no_hidden if past.hidden is None else past.hidden.numpy()
-    factor, bound = scaling * LOG2E, (softcap or 0.0) * LOG2E
-    asked = query.float().contiguous().numpy()
-    # Every thread takes its own tokens of all heads, since heads differ in their bits.
-    splits = max(1, min(torch.get_num_threads(), past.length // 512))
-    parts = (splits, batch, past.heads)
-    sums = np.empty((*parts, rows * book.values.layout.max_bits), np.float32)
-    tops, mass = np.empty((2, *parts, rows), np.float32)
-    work = jit.run(
-        kernels.attend(past.rope.pairs, tables.padded_pairs, len(tables.order), rows), splits * batch * past.heads,
-        splits, key_codes, key_row, book.keys.token_bytes, value_codes, value_row, book.values.token_bytes, past.length,
-        tables.entries, key_first, key_bits, value_first, value_bits, asked, tables.order, tables.scale, factor,
-        turns.cos, turns.sin, turns.first_cos, turns.first_sin, turns.broken, turns.whole_cos, turns.whole_sin, hidden,
-        no_bias if mask is None else _additive(mask), bound, _signs(), sums, tops, mass,
-    )  # fmt: skip
-    own = batch if exact else 0
-    summed = np.empty((own, past.heads, asked_rows, book.values.head_dim), np.float32)
-    summed_tops, summed_mass = np.empty((2, own, past.heads, asked_rows), np.float32)
-    if exact:
-        brief = exact[0][0].dtype == torch.bfloat16
-        arrays = [(t.view(torch.int16) if brief else t.float()).numpy() for part in exact for t in part]
-        arrays += [t[:, :, :0] for t in arrays[: 4 - len(arrays)]]
-        kernels.attend_exact(brief)(
-            asked,
-            *arrays,
-            no_bias if bias is None else _additive(bias),
-            factor,
-            bound,
-            summed,
-            summed_tops,
-            summed_mass,
-        )
-    work()
-    out, lse = torch.empty(batch, heads, count, book.values.head_dim), torch.empty(batch, heads, count)
-    kernels.finish(
-        sums, tops, mass, value_first, value_bits, tables.vectors, tables.mean, summed, summed_tops, summed_mass, count,
-        out.numpy(), lse.numpy(),
-    )  # fmt: skip
+    kernels, block = _kernels()
+    codes = _codes(past, kernels.OFFSETS, kernels.WIDTH)
+    query = query.float().contiguous()
+    pairs, exact_tokens = batch * past.heads, sum(keys.shape[2] for keys, _ in exact)
+    threads = max(1, min(torch.get_num_threads(), (past.length + exact_tokens) * pairs // THREAD_TOKENS))
+    # Every split takes its own tokens of all heads, since heads differ in their bits.
+    splits = max(1, min(threads, past.length // 512))
+    values = past.book.values
+    most_bits, dim = values.layout.max_bits, values.head_dim
+    brief = bool(exact) and exact[0][0].dtype == torch.bfloat16
+    parts, alive = [], []
+    for keys_values in (*exact, *[None] * (2 - len(exact))):
+        parts.append(0 if keys_values is None else keys_values[0].shape[2])
+        for t in keys_values or ():
+            t = t if brief else t.float()
+            t = t if t.stride(3) == 1 else t.contiguous()
+            alive.append(t)
+            parts += [t.data_ptr(), *t.stride()[:3]]
+        if keys_values is None:
+            parts += [0] * 8
+    masks = [_additive(mask), _additive(bias)]
+    out, lse = torch.empty(batch, heads, count, dim), torch.empty(batch, heads, count)
+    sizes = [splits * pairs * rows * n for n in (most_bits, 1, 1)] + [pairs * asked_rows * n for n in (dim, 1, 1)]
+    ends = list(accumulate(sizes))
+    scratch = torch.empty(ends[-1])
+    base = scratch.data_ptr()
+    coded_tasks = splits * pairs
+    fields = [
+        0, coded_tasks + (pairs if exact else 0), coded_tasks, splits, batch, past.heads, heads // past.heads, count,
+        brief, block.float_bits(scaling * LOG2E), block.float_bits((softcap or 0.0) * LOG2E), query.data_ptr(),
+        *(n for m in masks for n in ((0, 0, 0, 0, 0) if m is None else (m.data_ptr(), *m.shape))),
+        *parts, *(base + 4 * start for start in (0, *ends[:-1])), out.data_ptr(), lse.data_ptr(),
+    ]  # fmt: skip
+    numbers = array("q", fields)
+    numbers.extend(codes.fields)
+    numbers.extend([0] * pairs)
+    work = kernels.attend(past.rope.pairs, codes.tables.padded_pairs, len(codes.tables.order), rows)
+    jit.run_team(work, numbers, threads)
     return out, lse
 
 
-def _additive(mask: torch.Tensor) -> np.ndarray:
-    if mask.dtype == torch.bool:
-        return torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf).numpy()
-    return mask.float().contiguous().numpy()
+def _additive(mask: torch.Tensor | None) -> torch.Tensor | None:
+    if mask is None or mask.dtype != torch.bool:
+        return mask if mask is None else mask.float().contiguous()
+    return torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)

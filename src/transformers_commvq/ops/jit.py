@@ -5,7 +5,9 @@ Needs the ``cpu`` extra (numba), but no C compiler.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
+from array import array
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -28,22 +30,49 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="transformers_commvq")
 
 
-def run(kernel: Any, tasks: int, *args: Any) -> Callable[[], None]:
-    """Spread a kernel's tasks over as many threads as torch uses: kernel(begin, end, *args).
-
-    This thread does its own share before the call returns. Returns what waits for the others.
-    """
+def run(kernel: Any, tasks: int, *args: Any) -> None:
+    """Spread a kernel's tasks over as many threads as torch uses: kernel(begin, end, *args)."""
     threads = max(1, min(torch.get_num_threads(), tasks))
     cuts = [tasks * i // threads for i in range(threads + 1)]
-    pool = _pool(threads - 1) if threads > 1 else None
-    others = [pool.submit(kernel, a, b, *args) for a, b in pairwise(cuts[1:])]
+    others = [_pool(threads - 1).submit(kernel, a, b, *args) for a, b in pairwise(cuts[1:])]
     kernel(0, cuts[1], *args)
+    for other in others:
+        other.result()
 
-    def wait() -> None:
-        for other in others:
-            other.result()
 
-    return wait
+@cache
+def _openmp() -> Callable[..., None] | None:
+    """Start of a parallel region in the OpenMP runtime that torch itself runs on, if it is one that says so.
+
+    Its threads are awake between torch's own operations, while those of a pool must be woken: on a virtual machine
+    that alone takes as long as a layer's attention over a few thousand tokens.
+    """
+    try:
+        start = ctypes.CDLL(torch._C.__file__).GOMP_parallel  # found among what torch is linked with
+    except (AttributeError, OSError):
+        return None
+    start.argtypes, start.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
+    return start
+
+
+def run_team(work: Any, block: array[int], threads: int) -> None:
+    """Run a C function (numba's cfunc) on so many threads, each with the address of the block.
+
+    It returns when all have ended. Python's lock is free meanwhile. The function must do the same whatever the number
+    of threads that come, which may be fewer.
+    """
+    address = block.buffer_info()[0]
+    if threads > 1 and (start := _openmp()):
+        start(work.address, address, threads, 0)
+        return
+    others = [_pool(threads - 1).submit(_call(work), address) for _ in range(threads - 1)]
+    _call(work)(address)
+    for other in others:
+        other.result()
+
+
+def _call(work: Any) -> Callable[[int], None]:
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(work.address)
 
 
 @cache
@@ -84,5 +113,5 @@ def pack_signs_jit(correlation: torch.Tensor, gram: torch.Tensor, sweeps: int, l
     run(
         jit_encode.choose_and_pack, heads * batch * -(-tokens // jit_encode.LANES), correlation.contiguous().numpy(),
         gram, bonus, sweeps, first, bits, codes, row, layout.total_bytes,
-    )()  # fmt: skip
+    )  # fmt: skip
     return out

@@ -1,8 +1,11 @@
 """Attention over sign codes, compiled by numba for the CPU at hand. Only arrays and numbers: no torch, no codebooks.
 
 One pass over the codes, as in split-KV flash decoding: a tile of keys is rebuilt in registers and scored, its weights
-are added to the sums of the values' signs, and nothing else is kept. ``finish`` merges the splits and meets the
-values' codebook, once a query.
+are added to the sums of the values' signs, and nothing else is kept. The thread that ends a head's last task merges its
+splits and exact tokens, and meets the values' codebook.
+
+All threads of a step run one C function over one block of numbers (jit_block) and claim tasks from it, so that a
+layer's attention is a single call.
 
 Scores are held in units of log 2 (weights are powers of two). Indices are unsigned or positive wherever they matter.
 """
@@ -10,10 +13,13 @@ Scores are held in units of log 2 (weights are powers of two). Indices are unsig
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import numpy as np
-from numba import njit, types, uint64
+from numba import carray, cfunc, types, uint64
 
+from .jit_block import SIZE, Field, as_float, fetch_add, floats, integers, octets, shorts
+from .jit_exact import LOG2E, MINUS_INFINITY, exact_head, finish_head
 from .jit_vectors import (
     WIDTH,
     add_shorts,
@@ -27,53 +33,64 @@ from .jit_vectors import (
 
 OFFSETS = 64  # tokens that share one starting rotation
 TILE = 256  # tokens whose scores are held at a time
-# No "parallel": numba's own thread pool is not safe to enter from two threads. Kernels let go of Python's lock and take
-# a range of tasks instead; jit.run spreads the ranges over threads.
-OPTIONS = {"fastmath": {"nsz", "arcp", "contract", "reassoc"}, "cache": True, "nogil": True, "error_model": "numpy"}
-MINUS_INFINITY = np.float32(-np.inf)
+_OPTIONS = {"fastmath": {"nsz", "arcp", "contract", "reassoc"}, "cache": True, "error_model": "numpy"}
 
 
 @cache
-def attend(pairs: int, padded_pairs: int, dim: int, rows: int):
-    """The kernel for at most ``rows`` queries a KV head and ``dim`` padded elements of a key; 2 * padded_pairs turn.
+def attend(pairs: int, padded_pairs: int, dim: int, rows: int) -> Any:
+    """The C function for at most ``rows`` queries a KV head and ``dim`` padded elements of a key.
 
-    Sizes are compiled in: keys and sums then stay in registers. There are splits * batch * heads tasks.
-
-    key_codes, value_codes: uint8 1-d storage; token t of row b begins at b * stride + t * width.
-    tables: int16 1-d, sums of codebook rows for every value of every 4 bits of all heads, (groups, 16, dim).
-    key_first, key_bits, value_first, value_bits: int64 (heads,), a head's first bit and its number of bits.
-    query: float32 (batch, query heads, count, head_dim), rotated. order: int64 (dim,), the element of a head that
-    stands at each place of ``tables``, or -1. scale: float32 (heads, dim), what a unit of ``tables`` is worth.
-    factor: the attention's scaling, times log2(e).
-    cos, sin: float32 1-d (OFFSETS, padded_pairs), rotation by an offset within a group of OFFSETS tokens.
-    cos0, sin0: float32 (batch or 1, groups, pairs), rotation of each group's first token.
-    broken: bool (groups,), True where positions are not consecutive; such tokens are rotated by
-    whole_cos, whole_sin: float32 1-d (batch or 1, tokens, padded_pairs); empty if no group is broken.
-    hidden: int64 (batch, 2), from and to which token none must be seen; empty for none.
-    bias: float32 (batch or 1, query heads or 1, count or 1, >= tokens), added to scores; empty for none.
-    softcap: bound of the scores in units of log 2, 0 for none.
-    signs: float32 1-d (256, 8), the signs of every byte.
-    sums: float32 (splits, batch, heads, octets * rows * 8), written: sums of the values' signs under the weights.
-    tops, mass: float32 (splits, batch, heads, rows), written: greatest score, and sum of 2 ** (score - top).
+    Of these, 2 * padded_pairs turn. Sizes are compiled in: keys and sums then stay in registers. The function takes the
+    address of a block, and does tasks until all are claimed; any number of threads may run it at once.
     """
     vectors = dim // (2 * WIDTH)
 
-    @njit(**OPTIONS)
-    def kernel(
-        begin_task, end_task, splits, key_codes, key_stride, key_width, value_codes, value_stride, value_width, tokens,
-        tables, key_first, key_bits, value_first, value_bits, query, order, scale, factor, cos, sin, cos0, sin0, broken,
-        whole_cos, whole_sin, hidden, bias, softcap, signs, sums, tops, mass,
-    ):  # fmt: skip
-        batch, heads, count = query.shape[0], scale.shape[0], query.shape[2]
-        per_head = query.shape[1] // heads
+    @cfunc(types.void(types.CPointer(types.int64)), **_OPTIONS)
+    def work(address):
+        f = carray(address, (SIZE,))
+        splits, batch, heads, count = f[Field.SPLITS], f[Field.BATCH], f[Field.HEADS], f[Field.COUNT]
+        per_head, tokens = f[Field.GROUP], f[Field.TOKENS]
         asked = per_head * count
         groups = (tokens + OFFSETS - 1) // OFFSETS
         share = (groups + splits - 1) // splits * OFFSETS
+        most_bits = f[Field.MOST_VALUE_BITS]
+        key_codes, value_codes = octets(f[Field.KEY_CODES_AT]), octets(f[Field.VALUE_CODES_AT])
+        key_stride, key_width = f[Field.KEY_STRIDE], f[Field.KEY_WIDTH]
+        value_stride, value_width = f[Field.VALUE_STRIDE], f[Field.VALUE_WIDTH]
+        key_first, key_bits = integers(f[Field.KEY_FIRST_AT]), integers(f[Field.KEY_BITS_AT])
+        value_first, value_bits = integers(f[Field.VALUE_FIRST_AT]), integers(f[Field.VALUE_BITS_AT])
+        tables, order, signs = shorts(f[Field.TABLES_AT]), integers(f[Field.ORDER_AT]), floats(f[Field.SIGNS_AT], (1,))
+        scale = floats(f[Field.SCALE_AT], (heads, dim))
+        cos, sin = floats(f[Field.COS_AT], (1,)), floats(f[Field.SIN_AT], (1,))
+        whole_cos, whole_sin = floats(f[Field.WHOLE_COS_AT], (1,)), floats(f[Field.WHOLE_SIN_AT], (1,))
+        starts = (f[Field.START_ROWS], groups, pairs)
+        cos0, sin0 = floats(f[Field.START_COS_AT], starts), floats(f[Field.START_SIN_AT], starts)
+        broken, hidden = octets(f[Field.BROKEN_AT]), integers(f[Field.HIDDEN_AT])
+        query = floats(f[Field.QUERY_AT], (batch, heads * per_head, count, f[Field.HEAD_DIM]))
+        bias_shape = (f[Field.BIAS_BATCH], f[Field.BIAS_HEADS], f[Field.BIAS_COUNT], f[Field.BIAS_TOKENS])
+        bias = floats(f[Field.BIAS_AT], bias_shape)
+        factor, softcap = as_float(f[Field.FACTOR]), as_float(f[Field.SOFTCAP])
+        sums = floats(f[Field.SUMS_AT], (splits, batch, heads, rows * most_bits))
+        tops = floats(f[Field.TOPS_AT], (splits, batch, heads, rows))
+        mass = floats(f[Field.MASS_AT], (splits, batch, heads, rows))
+        done = carray(address, (SIZE + batch * heads,))
+        parts = splits + (1 if f[Field.TASKS] > f[Field.CODED_TASKS] else 0)
+
         given, turned = np.empty(rows * dim, np.float32), np.empty(rows * dim, np.float32)
         scores = np.empty(rows * TILE, np.float32)
         low, four, one = uint64(15), uint64(4), uint64(1)
-        for task in range(begin_task, end_task):
-            split, b, h = task // (batch * heads), task // heads % batch, task % heads
+        while True:
+            task = fetch_add(f, Field.CLAIMED)
+            if task >= f[Field.TASKS]:
+                break
+            if task >= f[Field.CODED_TASKS]:
+                b, h = divmod(task - f[Field.CODED_TASKS], heads)
+                exact_head(f, b, h)
+                if fetch_add(done, SIZE + b * heads + h) == parts - 1:
+                    finish_head(f, b, h, rows)
+                continue
+            # Threads that begin together take the splits of one head, which are of one length.
+            h, b, split = task // (splits * batch), task // splits % batch, task % splits
             top, weight, total = tops[split, b, h], mass[split, b, h], sums[split, b, h]
             top[:], weight[:], total[:] = MINUS_INFINITY, 0, 0
             for r in range(rows):
@@ -135,9 +152,9 @@ def attend(pairs: int, padded_pairs: int, dim: int, rows: int):
                             min(r % count, bias.shape[2] - 1),
                         ]
                         for i in range(size):
-                            scores[r * TILE + i] += row[tile + i] * np.float32(1.4426950408889634)
-                if hidden.shape[0] > 0:
-                    for t in range(max(hidden[b, 0], tile), min(hidden[b, 1], tile + size)):
+                            scores[r * TILE + i] += row[tile + i] * LOG2E
+                if f[Field.HIDDEN_ROWS] > 0:
+                    for t in range(max(hidden[2 * b], tile), min(hidden[2 * b + 1], tile + size)):
                         for r in range(rows):
                             scores[r * TILE + t - tile] = MINUS_INFINITY
                 full = (size + WIDTH - 1) // WIDTH * WIDTH
@@ -170,138 +187,7 @@ def attend(pairs: int, padded_pairs: int, dim: int, rows: int):
                         part = add_weighted(part, signs, value_codes[at], scores, t, TILE)
                         at += uint64(value_width)
                     add_to_memory(part, total, k * rows * WIDTH)
+            if fetch_add(done, SIZE + b * heads + h) == parts - 1:
+                finish_head(f, b, h, rows)
 
-    return kernel
-
-
-@cache
-def attend_exact(brief: bool):
-    """The kernel for tokens held in full: bfloat16 given as int16 if ``brief``, else float32.
-
-    query: float32 (batch, query heads, count, head_dim). keys, values: (batch, heads, tokens, head_dim).
-    more_keys, more_values: further tokens, in the same form.
-    bias: float32 (batch or 1, query heads or 1, count or 1, all tokens), empty for none.
-    factor, softcap: as in ``attend``.
-    sums: float32 (batch, heads, rows, head_dim), written: sums of values under the weights. tops, mass: (batch, heads,
-    rows), written, as in ``attend``.
-    """
-
-    held = types.Array(types.int16 if brief else types.float32, 4, "A")
-    whole = {n: types.Array(types.float32, n, "C") for n in (3, 4)}
-    number_kind = types.float64
-    signature = types.void(
-        whole[4], held, held, held, held, whole[4], number_kind, number_kind, whole[4], whole[3], whole[3]
-    )
-
-    @njit(signature, **OPTIONS)
-    def kernel(query, keys, values, more_keys, more_values, bias, factor, softcap, sums, tops, mass):
-        batch, heads, early, dim = keys.shape
-        tokens = early + more_keys.shape[2]
-        rows, wide = tops.shape[2], values.shape[3]
-        count = query.shape[2]
-        scores = np.empty((rows, (tokens + WIDTH - 1) // WIDTH * WIDTH), np.float32)
-        flat = scores.reshape(scores.size)
-        full = scores.shape[1]
-        bits = np.empty(max(dim, wide), np.uint32)
-        number = bits.view(np.float32)
-        scaling, bound = np.float32(factor), np.float32(softcap)
-        for b in range(batch):
-            for h in range(heads):
-                for t in range(tokens):
-                    key = keys[b, h, t] if t < early else more_keys[b, h, t - early]
-                    for i in range(dim):
-                        if brief:
-                            bits[i] = np.uint32(np.uint16(key[i])) << np.uint32(16)
-                        else:
-                            number[i] = key[i]
-                    for r in range(rows):
-                        q = query[b, h * (rows // count) + r // count, r % count]
-                        dot = np.float32(0)
-                        for i in range(dim):
-                            dot += q[i] * number[i]
-                        scores[r, t] = dot * scaling
-                if softcap > 0:
-                    for r in range(rows):
-                        for t in range(tokens):
-                            scores[r, t] = bound * np.tanh(scores[r, t] / bound)
-                for r in range(rows):
-                    if bias.shape[3] > 0:
-                        row = bias[
-                            min(b, bias.shape[0] - 1),
-                            min(h * (rows // count) + r // count, bias.shape[1] - 1),
-                            min(r % count, bias.shape[2] - 1),
-                        ]
-                        for t in range(tokens):
-                            scores[r, t] += row[t] * np.float32(1.4426950408889634)
-                    top = MINUS_INFINITY
-                    for t in range(tokens):
-                        top = max(top, scores[r, t])
-                    scores[r, tokens:] = MINUS_INFINITY
-                    tops[b, h, r], mass[b, h, r] = top, 0
-                    if top == MINUS_INFINITY:
-                        scores[r] = 0
-                    else:
-                        for t in range(0, full, WIDTH):
-                            mass[b, h, r] += exp2_minus(flat, r * full + t, top)
-                    sums[b, h, r] = 0
-                for t in range(tokens):
-                    value = values[b, h, t] if t < early else more_values[b, h, t - early]
-                    for i in range(wide):
-                        if brief:
-                            bits[i] = np.uint32(np.uint16(value[i])) << np.uint32(16)
-                        else:
-                            number[i] = value[i]
-                    for r in range(rows):
-                        weight, target = scores[r, t], sums[b, h, r]
-                        for i in range(wide):
-                            target[i] += weight * number[i]
-
-    return kernel
-
-
-@njit(**OPTIONS)
-def finish(sums, tops, mass, value_first, value_bits, vectors, mean, exact, exact_tops, exact_mass, count, out, lse):
-    """Merge the splits of ``attend`` and the result of ``attend_exact``, and apply the values' codebook.
-
-    vectors: float32 (sum of bits, dim). mean: float32 (heads, dim).
-    exact, exact_tops, exact_mass: of ``attend_exact``; empty for none.
-    out: float32 (batch, query heads, count, dim). lse: float32 (batch, query heads, count), natural. Both written.
-    """
-    splits, batch, heads, rows = tops.shape
-    dim, per_head = vectors.shape[1], out.shape[1] // heads
-    shares = np.empty(splits, np.float32)
-    for b in range(batch):
-        for h in range(heads):
-            for r in range(per_head * count):
-                top = MINUS_INFINITY if exact.size == 0 else exact_tops[b, h, r]
-                for s in range(splits):
-                    top = max(top, tops[s, b, h, r])
-                row, q = h * per_head + r // count, r % count
-                target = out[b, row, q]
-                if top == MINUS_INFINITY:
-                    target[:] = 0
-                    lse[b, row, q] = MINUS_INFINITY
-                    continue
-                coded = np.float32(0)
-                for s in range(splits):
-                    shares[s] = np.exp2(tops[s, b, h, r] - top)
-                    coded += shares[s] * mass[s, b, h, r]
-                weight = coded
-                for i in range(dim):
-                    target[i] = coded * mean[h, i]
-                if exact.size > 0:
-                    share = np.exp2(exact_tops[b, h, r] - top)
-                    weight += share * exact_mass[b, h, r]
-                    for i in range(dim):
-                        target[i] += share * exact[b, h, r, i]
-                for k in range(value_bits[h] // 8):
-                    for j in range(WIDTH):
-                        x = np.float32(0)
-                        for s in range(splits):
-                            x += shares[s] * sums[s, b, h, (k * rows + r) * WIDTH + j]
-                        vector = vectors[value_first[h] + k * WIDTH + j]
-                        for i in range(dim):
-                            target[i] += x * vector[i]
-                for i in range(dim):
-                    target[i] /= weight
-                lse[b, row, q] = (top + np.log2(weight)) * np.float32(0.6931471805599453)
+    return work

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
 
@@ -23,6 +23,7 @@ class CodedPast:
     book: LayerBook.
     hidden: (batch, 2) int64 or None: tokens from hidden[:, 0] to hidden[:, 1] are held elsewhere (sinks) and must
         not be seen here.
+    prepared: what a backend has made of these codes for its own use, by its name; it goes when they do.
     """
 
     keys: torch.Tensor
@@ -31,6 +32,11 @@ class CodedPast:
     rope: Rope
     positions: PositionTrack
     hidden: torch.Tensor | None = None
+    prepared: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies prepare their own: what is prepared may be views of these codes."""
+        return {**self.__dict__, "prepared": {}}
 
     @property
     def length(self) -> int:
