@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from test_hub import APACHE, BASE, REPO, make_book
 
 from transformers_commvq import hub
-from transformers_commvq.cards import PICTURE, CardError, License, artefact_tag, make_card, measurements
+from transformers_commvq.cards import PICTURES, CardError, License, artefact_tag, make_card, measurements
 from transformers_commvq.cli import cards as command
 from transformers_commvq.codebook import CONFIG_FILE, TENSOR_FILE, Codebook
 
@@ -133,12 +133,13 @@ def test_command_writes_registry_and_cards(package, capsys):
 
 
 def test_picture_goes_with_the_card(package):
-    out, drawn = package / "cards", package / "codebooks" / "Base-CommVQ-2bit" / PICTURE
+    out, drawn = package / "cards", package / "codebooks" / "Base-CommVQ-2bit" / "bits.png"
     drawn.write_bytes(b"\x89PNG picture")
     run("--out", str(out), "--license", "mit")
     card = (out / "Base-CommVQ-2bit" / "README.md").read_text()
-    assert f"]({PICTURE})" in card and (out / "Base-CommVQ-2bit" / PICTURE).read_bytes() == b"\x89PNG picture"
-    assert PICTURE not in (out / "Base-CommVQ-1bit" / "README.md").read_text()
+    assert "](bits.png)" in card and "loss.png" not in card
+    assert (out / "Base-CommVQ-2bit" / "bits.png").read_bytes() == b"\x89PNG picture"
+    assert not any(name in (out / "Base-CommVQ-1bit" / "README.md").read_text() for name in PICTURES)
     drawn.write_bytes(b"\x89PNG other")
     assert run("--out", str(out), "--check") == 1
 

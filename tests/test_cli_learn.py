@@ -8,7 +8,7 @@ from tiny_models import tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from transformers_commvq.cards import License, make_card
+from transformers_commvq.cards import PICTURES, License, make_card
 from transformers_commvq.cli import eval as eval_command
 from transformers_commvq.cli import learn as learn_command
 from transformers_commvq.codebook import Codebook
@@ -52,7 +52,14 @@ def test_learn_then_eval(checkpoint, texts, tmp_path, capsys):
         assert book.calibration["texts"] == ["plain.txt", "rows.jsonl"]
         assert set(book.evaluation) == {"plain.txt", "rows.jsonl"}
         assert str(tmp_path) not in (folder / "config.json").read_text()
-        assert set(json.loads((folder / "report.json").read_text())) == {"bits_per_head", "relative_error"}
+        report = json.loads((folder / "report.json").read_text())
+        assert set(report) == {"bits_per_head", "relative_error", "loss_curves"}
+        for layer, sides in report["loss_curves"].items():
+            for side, curves in sides.items():
+                assert [curve[-1] for curve in curves] == report["relative_error"][layer][side]
+                assert all(len(curve) == 8 and min(curve) > 0 for curve in curves)
+        for picture in PICTURES:
+            assert (folder / picture).read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / ".learning").exists()
     (folder / "README.md").write_text(make_card(folder, "someone/tiny-CommVQ-1bit", License("mit")))
     words = [checkpoint, "--codebook", folder, "--bits", 1, "--text", texts[0], "--json", "--record"]

@@ -19,7 +19,7 @@ import torch
 from huggingface_hub import constants
 
 from transformers_commvq import hub, publish
-from transformers_commvq.cards import PICTURE, CardError, License, artefact_tag, make_card
+from transformers_commvq.cards import PICTURES, CardError, License, artefact_tag, make_card
 from transformers_commvq.cli import inspect as inspect_command
 from transformers_commvq.cli import push as push_command
 from transformers_commvq.codebook import CONFIG_FILE, TENSOR_FILE, Codebook, LayerBook, ModelGeometry, SignBook
@@ -523,11 +523,12 @@ def test_push_then_pull_is_bit_for_bit(server, files, book, tmp_path):
     assert card == make_card(tmp_path / "book", REPO, APACHE)
 
 
-def test_push_takes_the_picture_along(server, book, tmp_path):
-    (tmp_path / "book" / PICTURE).write_bytes(b"\x89PNG picture")
+def test_push_takes_pictures_along(server, book, tmp_path):
+    for name in PICTURES:
+        (tmp_path / "book" / name).write_bytes(b"\x89PNG " + name.encode())
     push(tmp_path)
-    assert server.files(REPO)[PICTURE] == b"\x89PNG picture"
-    assert f"]({PICTURE})" in server.files(REPO)["README.md"].decode()
+    assert all(server.files(REPO)[name] == b"\x89PNG " + name.encode() for name in PICTURES)
+    assert all(f"]({name})" in server.files(REPO)["README.md"].decode() for name in PICTURES)
     push(tmp_path)  # and it is no stranger there the next time
 
 

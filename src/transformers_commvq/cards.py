@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
@@ -21,7 +21,10 @@ from .config import CommVQError
 from .estimate import CacheShape, compressed_bytes, plain_bytes
 
 README = "README.md"
-PICTURE = "bits.png"  # a heat map of the bits of every head, which ``learn`` draws
+PICTURES = {  # what ``learn`` draws, and how a card names it
+    "bits.png": "Bits an element of every head, by layer: keys and values",
+    "loss.png": "Error of every head, round by round of learning: keys and values",
+}
 TEMPLATE_FILE = Path(__file__).with_name("card_template.md")
 TAG_PREFIX = "commvq-"  # of the tags that name an artefact by its hash
 TAG_DIGITS = 32
@@ -120,7 +123,7 @@ def make_card(folder: str | os.PathLike, repo_id: str, license: License) -> str:
     book = Codebook.load(folder)
     check_publishable(book)
     config_json, size = (folder / CONFIG_FILE).read_bytes(), (folder / TENSOR_FILE).stat().st_size
-    return render(book, config_json, size, repo_id, license, (folder / PICTURE).is_file())
+    return render(book, config_json, size, repo_id, license, [name for name in PICTURES if (folder / name).is_file()])
 
 
 def renew_card(folder: str | os.PathLike) -> None:
@@ -134,11 +137,16 @@ def renew_card(folder: str | os.PathLike) -> None:
 
 
 def render(
-    book: Codebook, config_json: bytes, tensor_size: int, repo_id: str, license: License, picture: bool = False
+    book: Codebook,
+    config_json: bytes,
+    tensor_size: int,
+    repo_id: str,
+    license: License,
+    pictures: Iterable[str] = (),
 ) -> str:
     """``make_card`` from parts that are known to be good.
 
-    config_json: the file's bytes, as they will be uploaded. picture: whether PICTURE will lie beside the card.
+    config_json: the file's bytes, as they will be uploaded. pictures: those of PICTURES that will lie beside the card.
     """
     base = book.geometry.id
     elements = book.elements_per_token
@@ -166,7 +174,7 @@ def render(
         "plain_token_bytes": f"{2 * elements:,}",
         "codebook_size": size(book.nbytes),
         "memory_rows": "\n".join(_memory_rows(book)),
-        "picture": f"![Bits an element of every head, by layer: keys and values]({PICTURE})\n\n" if picture else "",
+        "pictures": "".join(f"![{PICTURES[name]}]({name})\n\n" for name in pictures),
         "quality": _quality(book.evaluation),
         "calibration": "\n".join(_described(book.calibration)) or "Not recorded.",
         "file_rows": "\n".join(f"| {n} | {s:,} | `{h}` |" for n, (s, h) in sorted(hashes.items())),

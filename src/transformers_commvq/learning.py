@@ -75,7 +75,7 @@ class LearningPlan:
 
 @dataclass
 class LearnedRate:
-    """The books of one rate. report: json-ready, bits and error of every head."""
+    """The books of one rate. report: json-ready; every head's bits, and its error relative to its spread by rounds."""
 
     layers: dict[int, LayerBook]
     report: dict[str, Any] = field(default_factory=dict)
@@ -203,18 +203,20 @@ def learn(
     try:
         torch.set_num_threads(1)  # heads run side by side; a head's own sums stay in one order
         with ThreadPoolExecutor(workers) as pool:
-            curves = _all_curves(samples, plan, pool, progress)
-            dealt = {rate: _deal(curves, samples, rate, plan) for rate in rates}
-            out = {rate: LearnedRate({}, {"bits_per_head": {}, "relative_error": {}}) for rate in rates}
+            predicted = _all_curves(samples, plan, pool, progress)
+            dealt = {rate: _deal(predicted, samples, rate, plan) for rate in rates}
+            reported = ("bits_per_head", "relative_error", "loss_curves")
+            out = {rate: LearnedRate({}, {name: {} for name in reported}) for rate in rates}
             jobs = [(rate, layer) for layer in sorted(samples) for rate in rates]
             for rate, layer in tqdm(jobs, desc="learn", unit="layer", disable=not progress):
                 bits = {
                     side: tuple(dealt[rate][layer, side, h] for h in range(len(samples[layer].keys))) for side in SIDES
                 }
-                book, errors = _layer_book(samples, layer, bits, plan, pool, work)
+                book, curves = _layer_book(samples, layer, bits, plan, pool, work)
                 out[rate].layers[layer] = book
                 out[rate].report["bits_per_head"][str(layer)] = {side: list(b) for side, b in bits.items()}
-                out[rate].report["relative_error"][str(layer)] = errors
+                out[rate].report["loss_curves"][str(layer)] = curves
+                out[rate].report["relative_error"][str(layer)] = {s: [c[-1] for c in curves[s]] for s in SIDES}
     finally:
         torch.set_num_threads(torch_threads)
     return out
@@ -312,14 +314,14 @@ def _deal(curves, samples, rate, plan):
     return allocate(curves, int(round(rate * d * len(curves), 6)), high=int(plan.cap * d))
 
 
-def _layer_book(samples, layer, bits, plan, pool, work) -> tuple[LayerBook, dict[str, list[float]]]:
-    """One layer at one allocation, from the work folder if it is there."""
+def _layer_book(samples, layer, bits, plan, pool, work) -> tuple[LayerBook, dict[str, list[list[float]]]]:
+    """One layer at one allocation, from the work folder if it is there, and every head's errors round by round."""
     settings = json.dumps([asdict(plan), layer, bits], sort_keys=True)
     path = work / f"layer-{layer}-{hashlib.sha256(settings.encode()).hexdigest()[:16]}.safetensors" if work else None
     if path and path.exists():
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-            errors = json.loads(file.metadata()["errors"])
+            losses = json.loads(file.metadata()["losses"])
     else:
         sample = samples[layer]
         metrics, weights = _metrics(sample, plan), _weights(sample, plan)
@@ -332,17 +334,17 @@ def _layer_book(samples, layer, bits, plan, pool, work) -> tuple[LayerBook, dict
             return fit_head(getattr(sample, side)[h], metric, bits[side][h], plan, count)
 
         done = dict(zip(names, pool.map(one, names), strict=True))
-        tensors, errors = {}, {}
+        tensors, losses = {}, {}
         for side in SIDES:
             mine = [done[side, h] for h in range(len(sample.keys))]
             tensors[f"{side}.vectors"] = torch.cat([m[0] for m in mine]).half()
             tensors[f"{side}.mean"] = torch.stack([m[1] for m in mine])
             if metrics[side] is not None:
                 tensors[f"{side}.metric"] = metrics[side].contiguous()
-            errors[side] = [round(m[2][-1], 5) for m in mine]
+            losses[side] = [[round(error, 5) for error in m[2]] for m in mine]
         if path:
             partial = path.with_suffix(".partial")
-            save_file(tensors, partial, metadata={"errors": json.dumps(errors)})
+            save_file(tensors, partial, metadata={"losses": json.dumps(losses)})
             partial.replace(path)
     books = {
         side: SignBook(
@@ -350,4 +352,4 @@ def _layer_book(samples, layer, bits, plan, pool, work) -> tuple[LayerBook, dict
         )
         for side in SIDES
     }
-    return LayerBook(**books), errors
+    return LayerBook(**books), losses

@@ -11,7 +11,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
 
-from .cards import PICTURE, README, CardError, License, artefact_tag, check_publishable, render
+from .cards import PICTURES, README, CardError, License, artefact_tag, check_publishable, render
 from .codebook import CONFIG_FILE, LIBRARY, TENSOR_FILE, Codebook
 from .config import CodebookError, ConfigError
 from .hub import hub_errors, is_hub_id, rates_agree
@@ -52,9 +52,8 @@ def package(
         raise ConfigError(f"{repo_id!r} is no Hub repository id. Fix: give org/name.")
     book, config_json, tensors = _read(folder, base_model)
     license = license or inherited_license(HfApi(library_name=LIBRARY, token=token), book.geometry.id)
-    picture = Path(folder) / PICTURE
-    drawn = {PICTURE: picture.read_bytes()} if picture.is_file() else {}
-    card = render(book, config_json, len(tensors), repo_id, license, bool(drawn))
+    drawn = {name: path.read_bytes() for name in PICTURES if (path := Path(folder) / name).is_file()}
+    card = render(book, config_json, len(tensors), repo_id, license, drawn)
     files = {CONFIG_FILE: config_json, TENSOR_FILE: tensors, README: card.encode(), **drawn}
     return Package(book, files, artefact_tag(config_json))
 
@@ -156,7 +155,7 @@ def _head(api: HfApi, repo_id: str, book: Codebook) -> str | None:
         info = api.model_info(repo_id)
     except RepositoryNotFoundError:
         return None
-    held = {file.rfilename for file in info.siblings or ()} - {".gitattributes", README, PICTURE}
+    held = {file.rfilename for file in info.siblings or ()} - {".gitattributes", README, *PICTURES}
     if held:
         try:
             there = json.loads(Path(api.hf_hub_download(repo_id, CONFIG_FILE, revision=info.sha)).read_bytes())

@@ -19,15 +19,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from .. import hub
-    from ..cards import PICTURE
+    from ..cards import PICTURES
 
     registry = build_registry(args.license)
     stale = _put(hub.REGISTRY_FILE, (json.dumps(registry, indent=2) + "\n").encode(), args.check)
     for name, card in build_cards(registry, args.org).items():
         stale += _put(args.out / name / "README.md", card.encode(), args.check)
-        picture = hub.PACKAGED / name / PICTURE
-        if picture.is_file():
-            stale += _put(args.out / name / PICTURE, picture.read_bytes(), args.check)
+        for picture in PICTURES:
+            path = hub.PACKAGED / name / picture
+            if path.is_file():
+                stale += _put(args.out / name / picture, path.read_bytes(), args.check)
     for path in stale:
         print(f"not up to date: {path}" if args.check else f"written: {path}")
     if args.check and stale:

@@ -90,38 +90,12 @@ def _measure(model, tokenizer, folder, rate, base_model, texts, count) -> dict:
 def _report(folder, book, result) -> None:
     import json
 
-    from ..cards import PICTURE
+    from .pictures import draw
 
-    heads = {"bits_per_head": result.report["bits_per_head"], "relative_error": result.report["relative_error"]}
-    (folder / "report.json").write_text(json.dumps(heads, indent=1) + "\n")
+    (folder / "report.json").write_text(json.dumps(result.report, indent=1) + "\n")
     print(f"{folder}: {book.bits:g} bits an element, {book.nbytes / 2**20:.2f} MiB")
     for name, row in book.evaluation.items():
         print(f"  {name}: perplexity {row['reference_perplexity']:.3f} -> {row['perplexity']:.3f} "
               f"({row['change']:+.2%}), KL {row['kl']:.4f} nats, {row['windows']} windows")  # fmt: skip
-    if heat_map(folder / PICTURE, book):
-        print(f"  bits of every head: {folder / PICTURE}")
-
-
-def heat_map(path, book) -> bool:
-    """Draw bits an element, layers by heads, keys beside values. False without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    figure = Figure(figsize=(2 + 0.5 * next(iter(book.layers.values())).keys.heads, 1.5 + 0.18 * len(book.layers)))
-    layers = list(book.layers)
-    tables = {s: [[n / getattr(b, s).head_dim for n in getattr(b, s).bits_per_head] for b in book.layers.values()]
-              for s in ("keys", "values")}  # fmt: skip
-    top = max(max(map(max, table)) for table in tables.values())
-    for place, (side, table) in enumerate(tables.items(), 1):
-        axes = figure.add_subplot(1, 2, place)
-        image = axes.imshow(table, aspect="auto", vmin=0, vmax=top, cmap="viridis")
-        axes.set_title(side)
-        axes.set_xlabel("KV head")
-        axes.set_xticks(range(len(table[0])))
-        axes.set_yticks(range(0, len(layers), max(1, len(layers) // 10)))
-        axes.set_yticklabels(layers[:: max(1, len(layers) // 10)])
-    figure.axes[0].set_ylabel("layer")
-    figure.colorbar(image, ax=figure.axes, label="bits an element")
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    return True
+    for path, shown in draw(folder, book, result.report["loss_curves"]).items():
+        print(f"  {shown}: {path}")
