@@ -316,7 +316,7 @@ def _deal(curves, samples, rate, plan):
 
 def _layer_book(samples, layer, bits, plan, pool, work) -> tuple[LayerBook, dict[str, list[list[float]]]]:
     """One layer at one allocation, from the work folder if it is there, and every head's errors round by round."""
-    settings = json.dumps([asdict(plan), layer, bits], sort_keys=True)
+    settings = json.dumps(["with losses", asdict(plan), layer, bits], sort_keys=True)
     path = work / f"layer-{layer}-{hashlib.sha256(settings.encode()).hexdigest()[:16]}.safetensors" if work else None
     if path and path.exists():
         with safe_open(path, "pt") as file:
@@ -341,7 +341,7 @@ def _layer_book(samples, layer, bits, plan, pool, work) -> tuple[LayerBook, dict
             tensors[f"{side}.mean"] = torch.stack([m[1] for m in mine])
             if metrics[side] is not None:
                 tensors[f"{side}.metric"] = metrics[side].contiguous()
-            losses[side] = [[round(error, 5) for error in m[2]] for m in mine]
+            losses[side] = [[float(f"{error:.4g}") for error in m[2]] for m in mine]
         if path:
             partial = path.with_suffix(".partial")
             save_file(tensors, partial, metadata={"losses": json.dumps(losses)})
