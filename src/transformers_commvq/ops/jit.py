@@ -71,7 +71,9 @@ def run_team(work: Any, block: array[int], threads: int) -> None:
         other.result()
 
 
+@cache
 def _call(work: Any) -> Callable[[int], None]:
+    """A C function as Python calls it; Python's lock is free meanwhile."""
     return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(work.address)
 
 
