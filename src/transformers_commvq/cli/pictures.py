@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..cards import PICTURES
 from ..codebook import Codebook
 
 Curves = Mapping[str, Mapping[str, list[list[float]]]]  # layer -> keys or values -> head -> round -> relative error
@@ -15,7 +16,7 @@ def draw(folder: Path, book: Codebook, curves: Curves) -> dict[Path, str]:
     """Draw all pictures into a codebook's folder; none without matplotlib. Returns what each file shows."""
     if importlib.util.find_spec("matplotlib") is None:
         return {}
-    bits, loss = folder / "bits.png", folder / "loss.png"
+    bits, loss = (folder / name for name in PICTURES)
     _heat_map(bits, book)
     _loss_curves(loss, curves)
     return {bits: "bits of every head", loss: "error of every head, round by round"}

@@ -19,7 +19,7 @@ import numpy as np
 from numba import carray, cfunc, types, uint64
 
 from .jit_block import SIZE, Field, as_float, fetch_add, floats, integers, octets, shorts
-from .jit_exact import LOG2E, MINUS_INFINITY, exact_head, finish_head
+from .jit_exact import LOG2E, MINUS_INFINITY, OPTIONS, exact_head, finish_head
 from .jit_vectors import (
     WIDTH,
     add_shorts,
@@ -33,7 +33,6 @@ from .jit_vectors import (
 
 OFFSETS = 64  # tokens that share one starting rotation
 TILE = 256  # tokens whose scores are held at a time
-_OPTIONS = {"fastmath": {"nsz", "arcp", "contract", "reassoc"}, "cache": True, "error_model": "numpy"}
 
 
 @cache
@@ -45,7 +44,7 @@ def attend(pairs: int, padded_pairs: int, dim: int, rows: int) -> Any:
     """
     vectors = dim // (2 * WIDTH)
 
-    @cfunc(types.void(types.CPointer(types.int64)), **_OPTIONS)
+    @cfunc(types.void(types.CPointer(types.int64)), **OPTIONS)
     def work(address):
         f = carray(address, (SIZE,))
         splits, batch, heads, count = f[Field.SPLITS], f[Field.BATCH], f[Field.HEADS], f[Field.COUNT]

@@ -11,10 +11,10 @@ from .jit_vectors import WIDTH, exp2_minus
 LOG2E = np.float32(1.4426950408889634)
 _PART = int(Field.MORE_TOKENS - Field.FIRST_TOKENS)  # from a field of the first part to that of the other
 MINUS_INFINITY = np.float32(-np.inf)
-_OPTIONS = {"fastmath": {"nsz", "arcp", "contract", "reassoc"}, "cache": True, "error_model": "numpy"}
+OPTIONS = {"fastmath": {"nsz", "arcp", "contract", "reassoc"}, "cache": True, "error_model": "numpy"}
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _widen(at, brief, from_short, from_float, bits, number, dim):
     """number[:dim] = the numbers from ``at`` on: bfloat16, which are a float32's upper halves, or float32.
 
@@ -28,11 +28,23 @@ def _widen(at, brief, from_short, from_float, bits, number, dim):
             number[i] = from_float[at + i]
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
+def _held(f, b, h, part, field):
+    """Where a part's keys or values of row b and head h are. field: the first part's KEYS_AT or VALUES_AT.
+
+    Returns the part's first token among all exact tokens, its number of tokens, the address of its array, and in that
+    the first token's element and the elements from one token to the next.
+    """
+    at = field + part * _PART  # its strides stand behind it: of rows, heads and tokens
+    start = f[Field.FIRST_TOKENS] if part else 0
+    return start, f[Field.FIRST_TOKENS + part * _PART], f[at], b * f[at + 1] + h * f[at + 2], f[at + 3]
+
+
+@njit(**OPTIONS)
 def exact_head(f, b, h):
     """Attention of one KV head's queries over its exact tokens, in row b of the batch; f: the block."""
-    first, heads, count = f[Field.FIRST_TOKENS], f[Field.HEADS], f[Field.COUNT]
-    tokens, dim, wide = first + f[Field.MORE_TOKENS], f[Field.HEAD_DIM], f[Field.VALUE_DIM]
+    heads, count = f[Field.HEADS], f[Field.COUNT]
+    tokens, dim, wide = f[Field.FIRST_TOKENS] + f[Field.MORE_TOKENS], f[Field.HEAD_DIM], f[Field.VALUE_DIM]
     per_head, brief = f[Field.GROUP], f[Field.BRIEF] != 0
     rows = per_head * count
     query = floats(f[Field.QUERY_AT], (f[Field.BATCH], heads * per_head, count, dim))
@@ -54,12 +66,10 @@ def exact_head(f, b, h):
     bits = np.empty(max(dim, wide), np.uint32)
     number = bits.view(np.float32)
     for part in range(2):
-        start, size = (first, f[Field.MORE_TOKENS]) if part else (0, first)
-        place, row = f[Field.FIRST_KEYS_AT + part * _PART], f[Field.FIRST_KEYS_BATCH + part * _PART]
-        head, step = f[Field.FIRST_KEYS_HEAD + part * _PART], f[Field.FIRST_KEYS_TOKEN + part * _PART]
+        start, size, place, origin, step = _held(f, b, h, part, Field.FIRST_KEYS_AT)
         as_short, as_whole = shorts(place), floats(place, (1,))
         for t in range(size):
-            _widen(b * row + h * head + t * step, brief, as_short, as_whole, bits, number, dim)
+            _widen(origin + t * step, brief, as_short, as_whole, bits, number, dim)
             for r in range(rows):
                 q = query[b, h * per_head + r // count, r % count]
                 dot = np.float32(0)
@@ -91,19 +101,17 @@ def exact_head(f, b, h):
                 mass[b, h, r] += exp2_minus(flat, r * full + t, top)
         sums[b, h, r] = 0
     for part in range(2):
-        start, size = (first, f[Field.MORE_TOKENS]) if part else (0, first)
-        place, row = f[Field.FIRST_VALUES_AT + part * _PART], f[Field.FIRST_VALUES_BATCH + part * _PART]
-        head, step = f[Field.FIRST_VALUES_HEAD + part * _PART], f[Field.FIRST_VALUES_TOKEN + part * _PART]
+        start, size, place, origin, step = _held(f, b, h, part, Field.FIRST_VALUES_AT)
         as_short, as_whole = shorts(place), floats(place, (1,))
         for t in range(size):
-            _widen(b * row + h * head + t * step, brief, as_short, as_whole, bits, number, wide)
+            _widen(origin + t * step, brief, as_short, as_whole, bits, number, wide)
             for r in range(rows):
                 weight, target = scores[r, start + t], sums[b, h, r]
                 for i in range(wide):
                     target[i] += weight * number[i]
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def finish_head(f, b, h, rows):
     """Merge what splits and exact tokens of a KV head came to, and apply the values' codebook. rows: of the splits."""
     splits, batch, heads, count = f[Field.SPLITS], f[Field.BATCH], f[Field.HEADS], f[Field.COUNT]
