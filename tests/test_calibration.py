@@ -7,7 +7,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from transformers_commvq.calibration import IMPLEMENTATION, CalibrationPlan, calibrate, token_weights
 from transformers_commvq.config import ConfigError
-from transformers_commvq.traced_attention import explicit_attention, far_importance
+from transformers_commvq.traced_attention import explicit_attention, watched_attention, weighing_attention
 
 PLAN = CalibrationPlan(samples=256, metric_windows=2, metric_length=64, sink_tokens=2, residual_length=16)
 
@@ -121,25 +121,64 @@ def test_explicit_attention_is_attention():
     want = torch.nn.functional.scaled_dot_product_attention(
         q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), torch.ones(5, 9, dtype=torch.bool).tril(4)
     ).transpose(1, 2)
-    q.requires_grad_()
-    watch = (lambda grad: None, lambda grad, p: None)
-    torch.testing.assert_close(explicit_attention(q, k, v, None, 8**-0.5, watch=watch), want)
+    torch.testing.assert_close(explicit_attention(q, k, v, None, 8**-0.5), want)
     far = explicit_attention(q, k, v, None, 8**-0.5, s_aux=torch.full((4,), -1e9))
     torch.testing.assert_close(far, want)
 
 
-@pytest.mark.parametrize("kind", ["plain", "mask", "softcap", "sinks"])
-def test_importance_is_the_squared_effect_of_an_error(kind):
-    """Measured by finite differences: how far the outputs of far queries move with one token's key or value."""
-    torch.manual_seed(1)
-    tokens, near, scaling = 300, 20, 0.3
+def attention_case(kind, tokens):
+    """(query, key, value, mask, settings), float64, four heads on two."""
     query, key, value = (torch.randn(1, heads, tokens, 8, dtype=torch.float64) for heads in (4, 2, 2))
     settings = {"softcap": {"softcap": 500.0}, "sinks": {"s_aux": torch.randn(4, dtype=torch.float64)}}.get(kind, {})
     mask = None
     if kind == "mask":  # a sliding window
         age = torch.arange(tokens)[:, None] - torch.arange(tokens)
         mask = ((age >= 0) & (age < 90))[None, None]
-    of_keys, of_values = far_importance(query, key, value, mask, scaling, near, **settings)
+    return query, key, value, mask, settings
+
+
+KINDS = ["plain", "mask", "softcap", "sinks"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tokens", [7, 256, 300])
+def test_watched_attention_has_attentions_gradients_and_tells_those_of_far_queries(kind, tokens):
+    torch.manual_seed(2)
+    near, scaling, told = 20, 0.3, []
+    query, key, value, mask, settings = attention_case(kind, tokens)
+    weight = torch.randn(1, tokens, 4, 8, dtype=torch.float64)
+
+    def gradients(function, *more):
+        leaves = [x.clone().requires_grad_() for x in (query, key, value)]
+        out = function(*leaves, mask, scaling, *more, **settings)
+        return out, torch.autograd.grad((out * weight).sum(), leaves)
+
+    want = gradients(explicit_attention)
+    torch.testing.assert_close(
+        gradients(watched_attention, near, lambda *g: told.extend(g)), want, rtol=1e-5, atol=1e-5
+    )
+
+    far = [torch.zeros_like(key), torch.zeros_like(value)]
+    for q in range(near, tokens):  # each query alone, differentiated by the keys and values of far tokens
+        old = [x[:, :, : q - near + 1].clone().requires_grad_() for x in (key, value)]
+        k, v = (torch.cat([a, x[:, :, q - near + 1 :]], 2) for a, x in zip(old, (key, value), strict=True))
+        row = torch.ones(1, tokens, dtype=torch.bool).tril(q)[None, None] if mask is None else mask[:, :, q : q + 1]
+        out = explicit_attention(query[:, :, q : q + 1], k, v, row, scaling, **settings)
+        for total, g in zip(far, torch.autograd.grad((out * weight[:, q : q + 1]).sum(), old), strict=True):
+            total[:, :, : q - near + 1] += g
+    torch.testing.assert_close(told, far, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_importance_is_the_squared_effect_of_an_error(kind):
+    """Measured by finite differences: how far the outputs of far queries move with one token's key or value."""
+    torch.manual_seed(1)
+    tokens, near, scaling = 300, 20, 0.3
+    query, key, value, mask, settings = attention_case(kind, tokens)
+    out, (of_keys, of_values) = weighing_attention(query, key, value, mask, scaling, near, **settings)
+    torch.testing.assert_close(
+        out, explicit_attention(query, key, value, mask, scaling, **settings), rtol=1e-5, atol=1e-5
+    )
 
     def moved(keys, values):
         change = [explicit_attention(query, k, v, mask, scaling, **settings) for k, v in ((keys, values), (key, value))]

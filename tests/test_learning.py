@@ -7,19 +7,12 @@ import pytest
 import torch
 from tiny_models import tiny_model, token_windows
 
-from transformers_commvq import learning
+from transformers_commvq import em, learning, recipe
 from transformers_commvq.calibration import CalibrationPlan, calibrate
 from transformers_commvq.codebook import Codebook, SignBook
 from transformers_commvq.config import ConfigError
-from transformers_commvq.learning import (
-    LearningPlan,
-    allocate,
-    fit_head,
-    learn,
-    moments,
-    predicted_curve,
-    shrunk_metric,
-)
+from transformers_commvq.em import LearningPlan, encode_rows, fit_head, moments
+from transformers_commvq.learning import allocate, learn, predicted_curve, shrunk_metric
 from transformers_commvq.ops.codec import decode, encode
 from transformers_commvq.recipe import Recipe, learn_codebooks
 from transformers_commvq.samples import StoredSamples
@@ -60,10 +53,19 @@ def samples(layers=2, heads=2, dim=16, tokens=512):
     }
 
 
+class Letters:
+    """A tokenizer with a token a letter."""
+
+    bos_token_id = None
+
+    def __call__(self, text, **_):
+        return {"input_ids": [ord(letter) for letter in text]}
+
+
 def relative_error(x, rows, mean, metric=None):
     form = torch.eye(x.shape[1]) if metric is None else metric
     y = x - mean
-    error = y - learning.encode_rows(x, rows, mean, metric) @ rows
+    error = y - encode_rows(x, rows, mean, metric) @ rows
     return (((error @ form) * error).sum() / ((y @ form) * y).sum()).item()
 
 
@@ -97,7 +99,7 @@ def test_tokens_that_count_more_get_smaller_errors():
     plan, errors = LearningPlan(rounds=4, warm_tokens=len(x)), {}
     for name, w in (("alike", None), ("uneven", weights)):
         rows, mean, history = fit_head(x, None, 24, plan, w)
-        error = x - mean - learning.encode_rows(x, rows, mean, None) @ rows
+        error = x - mean - encode_rows(x, rows, mean, None) @ rows
         errors[name] = [error[part].square().mean().item() for part in (~rare, rare)]
         assert history[-1] < history[0]
     assert errors["uneven"][1] < 0.8 * errors["alike"][1]
@@ -111,11 +113,15 @@ def test_equal_weights_are_no_weights():
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
-def test_rows_come_by_decreasing_norm_in_the_metric():
-    metric = random_metric()
-    rows, _, _ = fit_head(gaussian(), metric, 24, PLAN)
-    norms = ((rows @ metric) * rows).sum(1)
-    assert (norms[:-1] >= norms[1:]).all()
+@pytest.mark.parametrize("metric", [None, random_metric()])
+def test_rows_come_in_the_order_they_were_learned_in(metric):
+    """So the encoder meets the error of the best round; in another order it would not."""
+    x = gaussian(2048)
+    rows, mean, history = fit_head(x, metric, 48, PLAN)
+    best = min(history[PLAN.rounds // 2 :])
+    assert relative_error(x, rows, mean, metric) == pytest.approx(best, rel=0.02)
+    shuffled = rows[torch.randperm(48, generator=torch.Generator().manual_seed(0))]
+    assert relative_error(x, shuffled, mean, metric) > 1.5 * best
 
 
 def test_a_constant_head_does_no_harm():
@@ -224,3 +230,25 @@ def test_from_model_to_artefact(tmp_path, name):
     assert not (tmp_path / "work").exists()
     again = Codebook.load(book.save(tmp_path / "book"))
     assert same(again.layers[0].keys, book.layers[0].keys)
+
+
+def test_outliers_are_in_range_from_the_start(monkeypatch):
+    """Most of the spread is in few vectors: a Gaussian's quantizer would leave them out of its range."""
+    x = gaussian(2048)
+    x = x * torch.rand(2048, 1, generator=torch.Generator().manual_seed(3)).clamp_min(1e-3) ** -0.5
+    plan = LearningPlan(rounds=4, warm_tokens=len(x))
+    history = fit_head(x, None, 48, plan)[2]
+    monkeypatch.setattr(em, "_RANGES", (1.0,))
+    assert min(history) < 0.8 * min(fit_head(x, None, 48, plan)[2])
+
+
+@pytest.mark.parametrize(("letters", "length", "count"), [(9000, 4096, 4), (5000, 4096, 3), (3000, 1024, 10)])
+def test_windows_are_as_long_as_the_texts_allow(letters, length, count):
+    windows = recipe._longest_windows(Letters(), ["a" * 80000, "b" * letters], 4 * 4096, 4096)
+    assert len(windows) == count and {len(w) for w in windows} == {length}
+    assert {w[0].item() for w in windows} == {ord("a"), ord("b")}
+
+
+def test_texts_without_a_window_are_refused():
+    with pytest.raises(ConfigError, match="1024 tokens in a row"):
+        recipe._longest_windows(Letters(), ["a" * 1000], 4096, 4096)

@@ -24,9 +24,9 @@ from transformers import PreTrainedModel
 
 from transformers_commvq import Codebook, CommVQCache, CommVQConfig, LayerBook, SignBook
 from transformers_commvq.calibration import CalibrationPlan, calibrate
+from transformers_commvq.em import LearningPlan, fit_head
 from transformers_commvq.geometry import read_model
 from transformers_commvq.index_book import ENTRIES, IndexBook
-from transformers_commvq.learning import LearningPlan, fit_head
 from transformers_commvq.ops.codec import KINDS, CodeKind
 from transformers_commvq.ops.encode import encode_signs
 from transformers_commvq.ops.index_codes import TOKENS, nearest_centres, times_i

@@ -24,7 +24,7 @@ from .codebook import ModelGeometry
 from .config import CommVQError, ConfigError
 from .geometry import ModelReading, read_model
 from .samples import LayerSample, Spool, StoredSamples
-from .traced_attention import explicit_attention, far_importance
+from .traced_attention import explicit_attention, watched_attention, weighing_attention
 
 IMPLEMENTATION = "commvq_calibration"
 PRIOR = 24  # readers
@@ -40,15 +40,15 @@ class CalibrationPlan:
 
     samples: tokens kept of each layer.
     metric_windows, metric_length: how many windows get a backward pass (0: no gradients at all), and how many of
-        their tokens, since every layer's attention probabilities are held until then.
+        their tokens, since every layer's activations are held until then.
     sink_tokens, residual_length: as the cache will be used.
 
     Raises ConfigError for values outside their domain.
     """
 
     samples: int = 16384
-    metric_windows: int = 16
-    metric_length: int = 512
+    metric_windows: int = 8
+    metric_length: int = 1024
     sink_tokens: int = 4
     residual_length: int = 128
     seed: int = 0
@@ -61,6 +61,12 @@ class CalibrationPlan:
         for name in ("metric_windows", "sink_tokens", "residual_length"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected 0 or more.")
+
+    def for_metric(self, windows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """What of the windows gets a backward pass; spread evenly over them."""
+        count = min(self.metric_windows, len(windows))
+        numbers = torch.linspace(0, len(windows) - 1, count).round().long().tolist()
+        return [windows[i][: self.metric_length] for i in numbers]
 
 
 class _Recorder:
@@ -100,15 +106,14 @@ class _Recorder:
             raise CalibrationError(f"layer {layer}: no position_embeddings reached its attention module.")
         else:
             cos, sin = (table.to(query)[:, None] for table in tables)
-        watch = None
+        given = query, key, value, attention_mask, scaling
         if key.requires_grad:
-            watch = self._gradients(layer, query.detach(), cos, sin, scaling)
-        else:
-            weigh = (attention_mask, scaling, self.plan.residual_length)
-            importance = far_importance(query, key, value, *weigh, **kwargs)
-            self._record(layer, key, value, cos, sin, importance)
-            self._query_moments(layer, query, value, scaling)
-        return explicit_attention(query, key, value, attention_mask, scaling, watch=watch, **kwargs), None
+            watch = self._gradients(layer, cos, sin)
+            return watched_attention(*given, self.plan.residual_length, watch, **kwargs), None
+        out, importance = weighing_attention(*given, self.plan.residual_length, **kwargs)
+        self._record(layer, key, value, cos, sin, importance)
+        self._query_moments(layer, query, value, scaling)
+        return out, None
 
     def _record(self, layer, key, value, cos, sin, importance):
         key = self.reading.rope.rope.unrotate(key, cos, sin)
@@ -121,25 +126,13 @@ class _Recorder:
     def _add(sums: dict, layer: int, side: str, block: torch.Tensor) -> None:
         sums[layer, side] = sums.get((layer, side), 0) + block.double().cpu()
 
-    def _gradients(self, layer, query, cos, sin, scaling):
-        heads, rope = self.reading.geometry.num_key_value_heads, self.reading.rope.rope
+    def _gradients(self, layer, cos, sin):
+        def watch(of_key, of_value):
+            for side, g in (("keys", self.reading.rope.rope.pull_back(of_key, cos, sin)), ("values", of_value)):
+                g = g[:, :, self.plan.sink_tokens :].transpose(0, 1).flatten(1, 2).float()
+                self._add(self.metrics, layer, side, g.transpose(1, 2) @ g)
 
-        def far_sum(weights, rows):
-            """sum over far queries and the query heads of a KV head: (b, H, q, k), (b, H, q, d) -> (b, heads, k, d)."""
-            far = weights.tril(-max(self.plan.residual_length, 1))
-            return (far.transpose(-1, -2) @ rows).unflatten(1, (heads, -1)).sum(2)
-
-        def add(side, g):
-            g = g[:, :, self.plan.sink_tokens :].transpose(0, 1).flatten(1, 2).float()
-            self._add(self.metrics, layer, side, g.transpose(1, 2) @ g)
-
-        def on_scores(grad):
-            add("keys", rope.pull_back(far_sum(grad, query) * scaling, cos, sin))
-
-        def on_output(grad, probabilities):
-            add("values", far_sum(probabilities.detach(), grad))
-
-        return on_scores, on_output
+        return watch
 
     def _query_moments(self, layer, query, value, scaling):
         """Without gradients: an error dk moves a logit by q . dk, and that moves the output along a value's spread."""
@@ -251,7 +244,7 @@ def calibrate(
 ) -> tuple[ModelGeometry, Mapping[int, LayerSample]]:
     """Run windows of token ids through the model and record every compressed layer.
 
-    windows: 1-d int64 tensors; see text.py. The metric windows are spread evenly over them.
+    windows: 1-d int64 tensors; see text.py.
     store: where the samples go, so that no more than one layer's are held; None keeps all in memory.
     Returns the model's geometry and layer index -> sample.
 
@@ -267,7 +260,6 @@ def calibrate(
         raise ConfigError("no calibration windows: give text, or let the model write its own.")
     spool = Spool(None if store is None else store.folder / "recording")
     recorder = _Recorder(reading, plan, math.ceil(plan.samples / len(windows)), spool)
-    spread = torch.linspace(0, len(windows) - 1, min(plan.metric_windows, len(windows))).round().long().tolist()
     labels = torch.Generator().manual_seed(plan.seed + 1)
 
     def tables(layer, cos, sin):
@@ -276,8 +268,8 @@ def calibrate(
     with attention_replaced(model, reading, recorder.attend, tables), torch.no_grad():
         # before the recording: activations of a backward pass and the samples are never held together
         try:
-            for number in tqdm(spread, desc="metric", unit="window", disable=not progress):
-                ids = windows[number][: plan.metric_length].to(model.device)[None]
+            for window in tqdm(plan.for_metric(windows), desc="metric", unit="window", disable=not progress):
+                ids = window.to(model.device)[None]
                 _backward(model, ids, labels)
                 recorder.weight += ids.shape[1]
         except (RuntimeError, NotImplementedError) as error:

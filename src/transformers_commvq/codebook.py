@@ -38,7 +38,8 @@ class SignBook:
     """Sign codes of one layer's keys or values: ``x_hat = mean + s @ C``, s in {-1, +1}^n, per head.
 
     Tensors:
-        vectors: C of all heads laid end to end, (sum of bits, head_dim) float16; a head's rows by decreasing norm.
+        vectors: C of all heads laid end to end, (sum of bits, head_dim) float16; the encoder chooses signs in the
+            order of a head's rows.
         mean: (heads, head_dim) float32.
         metric: (heads, head_dim, head_dim) float16 or None: the positive definite form in which the encoder measures
             error (keys: shrunk Fisher information, codec.md step 2); None is the plain squared error.

@@ -1,12 +1,6 @@
 """Calibration tensors -> sign codebooks: bit allocation over heads, then EM per head. Knows no model and no text.
 
-A head's vectors x are to be ``mean + s @ C`` with s in {-1, +1}^n. For a given M (the metric, None for the plain
-squared error) EM alternates
-
-    E  s = argmin (x - mean - s C)^T M (x - mean - s C)      the cache's own encoder, ops/encode.py
-    M  (C, mean) = least squares of x on (s, 1), with a small ridge; M drops out of this step
-
-Tokens count by how much attention reads them (traced_attention.far_importance): most tokens are hardly read, and a
+Tokens count by how much attention reads them (traced_attention.weighing_attention): most tokens are hardly read, and a
 codebook that serves those that are is a better one.
 """
 
@@ -28,49 +22,12 @@ from tqdm.auto import tqdm
 
 from .codebook import LayerBook, SignBook
 from .config import ConfigError
-from .ops.encode import encode_signs
-from .packing import CodeLayout, unpack
+from .em import LearningPlan, fill, fit_head, moments, principal
+from .packing import CodeLayout
 
-# Mean squared error of the best uniform quantizer with 2^b levels of a unit Gaussian, b = 0..5, and half its step
-# (J. Max, "Quantizing for minimum distortion", 1960): what b rows u, 2u, 4u... along one direction can do.
-_UNIFORM_ERROR = (1.0, 0.3634, 0.1188, 0.03744, 0.01154, 0.003495)
-_HALF_STEP = (0.0, 0.798, 0.49785, 0.293, 0.1676, 0.094, 0.052)
 STEP = 8  # bits are dealt in whole bytes
 HEAVIEST = 50.0  # most that one token may count for
 SIDES = ("keys", "values")
-
-
-@dataclass(frozen=True)
-class LearningPlan:
-    """How books are learned.
-
-    rounds: EM rounds; the first half see ``warm_tokens`` only, the others all tokens.
-    key_shrink: share of its mean diagonal added to the keys' metric. An unshrunk metric lets EM ruin directions it
-        believes to be free: lower training loss, worse model.
-    ridge: added to S^T S in the M-step, as a share of the tokens.
-    cap: most bits of a head, per element.
-    importance: power to which tokens' weights are raised; 0 lets all tokens count the same.
-    """
-
-    rounds: int = 8
-    warm_tokens: int = 8192
-    key_shrink: float = 0.1
-    ridge: float = 1e-4
-    cap: float = 6.0
-    importance: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self):
-        for name, low in (
-            ("rounds", 1),
-            ("warm_tokens", 1),
-            ("key_shrink", 0),
-            ("ridge", 0),
-            ("cap", 0.25),
-            ("importance", 0),
-        ):
-            if getattr(self, name) < low:
-                raise ConfigError(f"{name}={getattr(self, name)}: expected {low} or more.")
 
 
 @dataclass
@@ -89,13 +46,6 @@ def shrunk_metric(metric: torch.Tensor, amount: float) -> torch.Tensor:
     return (metric / level + amount * torch.eye(d)) / (1 + amount)
 
 
-def moments(x: torch.Tensor, weights: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean (d,) float32 and covariance (d, d) float64 of vectors (tokens, d), counted by weights (tokens,) or alike."""
-    shares = torch.full((len(x), 1), 1 / len(x)) if weights is None else (weights / weights.sum())[:, None]
-    mean = (shares * x).sum(0)
-    return mean, ((shares * (x - mean)).T @ (x - mean)).double()
-
-
 def predicted_curve(cov: torch.Tensor, metric: torch.Tensor | None, cost: torch.Tensor, bits: int) -> torch.Tensor:
     """Expected loss of one head for 0..bits bits, by scalar quantization of principal directions.
 
@@ -103,9 +53,9 @@ def predicted_curve(cov: torch.Tensor, metric: torch.Tensor | None, cost: torch.
     cost: (d, d), what error costs.
     Returns (bits + 1,) float64, decreasing.
     """
-    variance, back = _principal(cov, metric)
+    variance, back = principal(cov, metric)
     weight = ((back.T @ cost.double()) * back.T).sum(1)  # cost of one unit of error along each direction
-    return _fill(variance, bits)[1] @ weight
+    return fill(variance, bits)[1] @ weight
 
 
 def allocate(
@@ -141,44 +91,6 @@ def allocate(
         if bits[order[i]] < high:
             heapq.heappush(heap, (-gain(order[i]), i))
     return bits
-
-
-def fit_head(
-    x: torch.Tensor,
-    metric: torch.Tensor | None,
-    bits: int,
-    plan: LearningPlan,
-    weights: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
-    """EM for one head.
-
-    x: (tokens, d) float32.  metric: (d, d) or None.  weights: (tokens,), how much each token counts; None: alike.
-    Returns rows (bits, d) float32 by decreasing norm in the metric, mean (d,), and each round's error relative to the
-    spread about the mean, in the metric.
-    """
-    mean, cov = moments(x, weights)
-    form = torch.eye(x.shape[1]) if metric is None else metric
-    spread = (cov * form.double()).sum().item() or 1.0
-    rows, history = _start(cov, metric, bits), []
-    for turn in range(plan.rounds):
-        warm = turn < plan.rounds // 2 and len(x) > plan.warm_tokens
-        stride = len(x) // plan.warm_tokens if warm else 1
-        part = x[turn % stride :: stride]
-        count = torch.ones(len(part), 1) if weights is None else weights[turn % stride :: stride, None]
-        signs = encode_rows(part, rows, mean, metric)
-        rows, mean = _least_squares(signs, part, count, plan.ridge)
-        error = part - mean - signs @ rows
-        history.append((count * (error @ form) * error).sum().item() / count.sum().item() / spread)
-    dual = rows if metric is None else rows @ metric
-    order = (dual * rows).sum(1).argsort(descending=True, stable=True)
-    return rows[order], mean, history
-
-
-def encode_rows(x: torch.Tensor, rows: torch.Tensor, mean: torch.Tensor, metric: torch.Tensor | None) -> torch.Tensor:
-    """Signs of one head's vectors. x: (tokens, d); rows: (n, d); mean: (d,). Returns (tokens, n) in {-1, +1}."""
-    layout = CodeLayout((len(rows),))
-    book = SignBook(layout, rows, mean[None], None if metric is None else metric[None])
-    return unpack(encode_signs(x[None, None], book), layout)[0, 0]
 
 
 def learn(
@@ -220,57 +132,6 @@ def learn(
     finally:
         torch.set_num_threads(torch_threads)
     return out
-
-
-def _principal(cov, metric):
-    """Principal variances of x in the metric, (d,), and as columns their directions in the space of x, (d, d)."""
-    d = cov.shape[0]
-    if metric is None:
-        root = back = torch.eye(d, dtype=torch.float64)
-    else:
-        values, vectors = torch.linalg.eigh(metric.double())
-        values = values.clamp_min(values.max() * 1e-6).sqrt()
-        root, back = (vectors * values) @ vectors.T, (vectors / values) @ vectors.T
-    variance, basis = torch.linalg.eigh(root @ cov @ root)
-    return variance.clamp_min(1e-12), back @ basis
-
-
-def _fill(variance: torch.Tensor, bits: int):
-    """Reverse water-filling, one bit at a time: bits of each direction, and distortions (bits + 1, d) on the way."""
-    given = [0] * len(variance)
-    distortion, path = variance.clone(), [variance.clone()]
-    for _ in range(bits):
-        j = int(distortion.argmax())
-        given[j] += 1
-        b = given[j]
-        distortion[j] = variance[j] * (_UNIFORM_ERROR[b] if b < 6 else _UNIFORM_ERROR[5] / 3.5 ** (b - 5))
-        path.append(distortion.clone())
-    return given, torch.stack(path)
-
-
-def _start(cov: torch.Tensor, metric: torch.Tensor | None, bits: int) -> torch.Tensor:
-    """First rows: a principal direction with b bits gets b rows, each twice as long as the one before."""
-    variance, back = _principal(cov, metric)
-    given, _ = _fill(variance, bits)
-    rows = [
-        back[:, j] * variance[j].sqrt() * _HALF_STEP[min(b, 6)] / 2.0 ** max(b - 6, 0) * 2.0**k
-        for j, b in enumerate(given)
-        for k in range(b)
-    ]
-    rows = torch.stack(rows).float()
-    form = torch.eye(len(cov)) if metric is None else metric
-    return rows[((rows @ form) * rows).sum(1).argsort(descending=True, stable=True)]
-
-
-def _least_squares(
-    signs: torch.Tensor, x: torch.Tensor, count: torch.Tensor, ridge: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    s = torch.cat([signs, torch.ones(len(signs), 1)], 1)
-    counted = (s * count).T
-    normal = (counted @ s).double()
-    normal.diagonal()[:-1] += ridge * count.sum()
-    solved = torch.linalg.solve(normal, (counted @ x).double()).float()
-    return solved[:-1].contiguous(), solved[-1].contiguous()
 
 
 def _metrics(sample, plan: LearningPlan) -> dict[str, torch.Tensor | None]:
@@ -316,7 +177,7 @@ def _deal(curves, samples, rate, plan):
 
 def _layer_book(samples, layer, bits, plan, pool, work) -> tuple[LayerBook, dict[str, list[list[float]]]]:
     """One layer at one allocation, from the work folder if it is there, and every head's errors round by round."""
-    settings = json.dumps(["with losses", asdict(plan), layer, bits], sort_keys=True)
+    settings = json.dumps(["fitted steps", asdict(plan), layer, bits], sort_keys=True)
     path = work / f"layer-{layer}-{hashlib.sha256(settings.encode()).hexdigest()[:16]}.safetensors" if work else None
     if path and path.exists():
         with safe_open(path, "pt") as file:

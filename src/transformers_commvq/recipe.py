@@ -26,6 +26,7 @@ from .text import self_generated, windows_of
 
 logger = logging.getLogger(__name__)
 
+SHORTEST = 1024  # tokens of a window, where the texts hold no more in a row
 HELD_OUT = 0.1  # the last part of every text is kept for the evaluation
 
 
@@ -33,11 +34,12 @@ HELD_OUT = 0.1  # the last part of every text is kept for the evaluation
 class Recipe:
     """Everything that decides the result, besides the model and the texts.
 
-    tokens: budget of calibration tokens, in windows of ``window`` tokens.
+    tokens: budget of calibration tokens, in windows of ``window`` tokens, or shorter ones where the texts are short.
+        What is read from afar costs differently in long text (docs/learning-experiments.md), hence the length.
     """
 
-    tokens: int = 30720
-    window: int = 1024
+    tokens: int = 32768
+    window: int = 4096
     seed: int = 0
     calibration: CalibrationPlan = field(default_factory=CalibrationPlan)
     learning: LearningPlan = field(default_factory=LearningPlan)
@@ -82,14 +84,13 @@ def learn_codebooks(
     geometry = read_model(model, base_model).geometry
     longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or recipe.window
     length = min(recipe.window, longest)
-    count = max(1, recipe.tokens // length)
-    self_written = self_written or not texts
-    own = -(-count // (len(texts) + 1)) if self_written else 0
+    own = recipe.tokens // (len(texts) + 1) if self_written or not texts else 0
     windows = []
-    if count > own:
-        windows = windows_of(tokenizer, [split(t)[0] for t in texts.values()], count - own, length)
+    if own < recipe.tokens:
+        windows = _longest_windows(tokenizer, [split(t)[0] for t in texts.values()], recipe.tokens - own, length)
     if own:
-        windows += self_generated(model, tokenizer, own, length, recipe.seed, progress=progress)
+        count = max(1, round(own / length))
+        windows += self_generated(model, tokenizer, count, length, recipe.seed, progress=progress)
 
     key = _fingerprint(recipe, asdict(geometry), windows)
     folder = None if work is None else Path(work)
@@ -102,12 +103,12 @@ def learn_codebooks(
     recorded = time.monotonic() - started
     learned = learn(samples, rates, recipe.learning, None if folder is None else folder / key, progress)
     notes = {
-        "texts": [*texts, *(["written by the model"] if self_written else [])],
+        "texts": [*texts, *(["written by the model"] if own else [])],
         "tokens": sum(map(len, windows)),
-        "window": length,
+        "window": max(map(len, windows)),
         "seed": recipe.seed,
         "samples_per_layer": recipe.calibration.samples,
-        "metric_tokens": recipe.calibration.metric_windows * min(recipe.calibration.metric_length, length),
+        "metric_tokens": sum(map(len, recipe.calibration.for_metric(windows))),
         "learning": asdict(recipe.learning),
         "minutes": {"record": round(recorded / 60, 1), "all": round((time.monotonic() - started) / 60, 1)},
         "torch": torch.__version__,
@@ -150,6 +151,22 @@ def _learned_folder(model: nn.Module, config: CommVQConfig) -> Path:
                 weights.update(sample.to("cpu", torch.float32).numpy().tobytes())
     name = f"{Path(reading.geometry.id).name}-CommVQ-{config.bits:g}bit-{weights.hexdigest()[:12]}"
     return Path(constants.HF_HOME) / "commvq" / "learned" / name
+
+
+def _longest_windows(tokenizer, texts: Sequence[str], tokens: int, length: int) -> list[torch.Tensor]:
+    """About ``tokens`` tokens in windows of ``length``; shorter ones if a text holds none or much would be missing."""
+
+    def enough(length):
+        try:
+            for text in texts:
+                windows_of(tokenizer, [text], 1, length)
+        except ConfigError:
+            return False
+        return len(windows_of(tokenizer, texts, max(1, tokens // length), length)) * length >= 0.75 * tokens
+
+    while length // 2 >= SHORTEST and not enough(length):
+        length //= 2
+    return windows_of(tokenizer, texts, max(1, tokens // length), length)
 
 
 def _fingerprint(recipe: Recipe, geometry: dict, windows: Sequence[torch.Tensor]) -> str:

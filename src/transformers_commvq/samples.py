@@ -20,7 +20,7 @@ class LayerSample:
     key_metric, value_metric: (kv heads, head_dim, head_dim) float32, the second-order cost of an error, in nats:
         E[g g^T] with g the gradient of the loss, or its estimate from queries where there are no gradients.
     key_weights, value_weights: (kv heads, tokens) float32, how much each token's errors weigh against the other
-        tokens', mean 1; see ``traced_attention.far_importance``.
+        tokens', mean 1; see ``traced_attention.weighing_attention``.
     """
 
     keys: torch.Tensor

@@ -68,21 +68,25 @@ def windows_of(tokenizer, texts: Sequence[str], count: int, length: int) -> list
     share = -(-count // len(texts))
     per_text = []
     for text in texts:
-        # about three characters a token: read more than enough, from evenly spaced places
-        places, size = share, 8 * length
-        step = max(size, len(text) // places)
-        windows = []
-        for place in range(places):
-            ids = tokenizer(text[place * step : place * step + size], add_special_tokens=False, verbose=False)[
-                "input_ids"
-            ]
-            if len(ids) >= room:
-                windows.append(torch.tensor(bos + ids[:room]))
+        # three or four characters a token: these pieces are more than long enough
+        piece = 8 * length
+        if len(text) < share * piece:
+            ids = _ids(tokenizer, text)
+            here = min(share, len(ids) // room)
+            parts = [ids[i * len(ids) // here :] for i in range(here)]
+        else:
+            starts = [i * (len(text) // share) for i in range(share)]
+            parts = [_ids(tokenizer, text[start : start + piece]) for start in starts]
+        windows = [torch.tensor(bos + ids[:room]) for ids in parts if len(ids) >= room]
         per_text.append(windows)
     dealt = [w[i] for i in range(share) for w in per_text if i < len(w)][:count]
     if not dealt:
         raise ConfigError(f"the texts hold no {length} tokens in a row. Fix: give more text, or a smaller window.")
     return dealt
+
+
+def _ids(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--self-generated", action="store_true", help="let the model write text too (needs no data)")
     parser.add_argument("--out", default=".", metavar="DIR", help="where the codebook folders go")
     parser.add_argument("--base-model", metavar="ID", help="Hub id of a model that is loaded from a folder")
-    parser.add_argument("--tokens", type=int, default=30720, help="calibration tokens")
+    parser.add_argument("--tokens", type=int, default=32768, help="calibration tokens")
     parser.add_argument("--seed", type=int, default=0, help="decides every draw")
     parser.add_argument("--dtype", default="auto", help="dtype of the model: auto, float32, bfloat16 or float16")
     parser.add_argument("--device", default="cpu", help="where the model runs; a GPU is much faster")
