@@ -83,20 +83,20 @@ def fit_head(
     x: (tokens, d) float32.  metric: (d, d) or None.  weights: (tokens,), how much each token counts; None: alike.
     Returns rows (bits, d) float32 in the order in which the encoder goes through them, mean (d,), and the errors of the
     start and of every round, relative to the spread about the mean, in the metric. The encoder is no exact minimizer,
-    so a round may do harm; what is returned is of the round that did best on all tokens.
+    so a round may do harm; what is returned did best of the second half of the rounds, which see all tokens.
     """
     form = torch.eye(x.shape[1]) if metric is None else metric
     rows, mean, spread = _start(x, weights, metric, bits)
     history, least, best = [], math.inf, (rows, mean)
     for turn in range(plan.rounds + 1):
-        warm = turn < plan.rounds // 2 and len(x) > plan.warm_tokens
-        stride = len(x) // plan.warm_tokens if warm else 1
+        late = turn >= plan.rounds // 2
+        stride = 1 if late else max(1, len(x) // plan.warm_tokens)
         part = x[turn % stride :: stride]
         count = torch.ones(len(part), 1) if weights is None else weights[turn % stride :: stride, None]
         signs = encode_rows(part, rows, mean, metric)
         error = part - mean - signs @ rows
         history.append((count * (error @ form) * error).sum().item() / count.sum().item() / spread)
-        if not warm and history[-1] < least:
+        if late and history[-1] < least:
             least, best = history[-1], (rows, mean)
         if turn < plan.rounds:
             rows, mean = _least_squares(signs, part, count, plan.ridge)

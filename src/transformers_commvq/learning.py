@@ -128,7 +128,9 @@ def learn(
                 out[rate].layers[layer] = book
                 out[rate].report["bits_per_head"][str(layer)] = {side: list(b) for side, b in bits.items()}
                 out[rate].report["loss_curves"][str(layer)] = curves
-                out[rate].report["relative_error"][str(layer)] = {s: [c[-1] for c in curves[s]] for s in SIDES}
+                out[rate].report["relative_error"][str(layer)] = {
+                    side: [min(c[plan.rounds // 2 :]) for c in curves[side]] for side in SIDES
+                }
     finally:
         torch.set_num_threads(torch_threads)
     return out

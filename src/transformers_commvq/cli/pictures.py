@@ -45,7 +45,7 @@ def _heat_map(path: Path, book: Codebook) -> None:
 
 
 def _loss_curves(path: Path, curves: Curves) -> None:
-    """Error of every head relative to the spread of its vectors, round by round, keys beside values."""
+    """Error of every head relative to its spread, from the start (0) round by round, keys beside values."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -55,7 +55,7 @@ def _loss_curves(path: Path, curves: Curves) -> None:
         for place, heads in enumerate(curves.values()):
             colour = colormaps["viridis"](place / max(1, len(curves) - 1))
             for curve in heads[side]:
-                axes.plot(range(1, len(curve) + 1), curve, color=colour, linewidth=0.8, alpha=0.7)
+                axes.plot(range(len(curve)), curve, color=colour, linewidth=0.8, alpha=0.7)
         axes.set_title(f"{side} (dark: first layers)")
         axes.set_xlabel("round")
         axes.set_yscale("log")
