@@ -45,10 +45,8 @@ class Recipe:
     learning: LearningPlan = field(default_factory=LearningPlan)
 
     def __post_init__(self):
-        if self.window < 64 or self.tokens < self.window:
-            raise ConfigError(
-                f"tokens={self.tokens}, window={self.window}: expected a window of 64 tokens or more and at least one."
-            )
+        if min(self.window, self.tokens) < 64:
+            raise ConfigError(f"tokens={self.tokens}, window={self.window}: expected 64 or more of each.")
 
 
 def split(text: str) -> tuple[str, str]:
@@ -83,7 +81,7 @@ def learn_codebooks(
     recipe, texts, started = recipe or Recipe(), dict(texts or {}), time.monotonic()
     geometry = read_model(model, base_model).geometry
     longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or recipe.window
-    length = min(recipe.window, longest)
+    length = min(recipe.window, recipe.tokens, longest)
     own = recipe.tokens // (len(texts) + 1) if self_written or not texts else 0
     windows = []
     if own < recipe.tokens:
