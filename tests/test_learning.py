@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_models import tiny_model, token_windows
 
-from transformers_commvq import em, learning, recipe
+from transformers_commvq import em, learning
 from transformers_commvq.calibration import CalibrationPlan, calibrate
 from transformers_commvq.codebook import Codebook, SignBook
 from transformers_commvq.config import ConfigError
@@ -16,6 +16,7 @@ from transformers_commvq.learning import allocate, learn, predicted_curve, shrun
 from transformers_commvq.ops.codec import decode, encode
 from transformers_commvq.recipe import Recipe, learn_codebooks
 from transformers_commvq.samples import StoredSamples
+from transformers_commvq.text import longest_windows
 
 PLAN = LearningPlan(rounds=4, warm_tokens=256)
 
@@ -244,11 +245,11 @@ def test_outliers_are_in_range_from_the_start(monkeypatch):
 
 @pytest.mark.parametrize(("letters", "length", "count"), [(9000, 4096, 4), (5000, 4096, 3), (3000, 1024, 10)])
 def test_windows_are_as_long_as_the_texts_allow(letters, length, count):
-    windows = recipe._longest_windows(Letters(), ["a" * 80000, "b" * letters], 4 * 4096, 4096)
+    windows = longest_windows(Letters(), ["a" * 80000, "b" * letters], 4 * 4096, 4096)
     assert len(windows) == count and {len(w) for w in windows} == {length}
     assert {w[0].item() for w in windows} == {ord("a"), ord("b")}
 
 
 def test_texts_without_a_window_are_refused():
     with pytest.raises(ConfigError, match="1024 tokens in a row"):
-        recipe._longest_windows(Letters(), ["a" * 1000], 4096, 4096)
+        longest_windows(Letters(), ["a" * 1000], 4096, 4096)

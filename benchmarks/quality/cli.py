@@ -51,7 +51,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--windows", type=int, default=3, help="windows a text")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a window")
     parser.add_argument("--chunk", type=int, default=128, help="tokens of a step")
-    parser.add_argument("--tokens", type=int, default=32768, help="to learn codebooks from that are not shipped")
+    parser.add_argument(
+        "--tokens", type=int, default=Recipe.tokens, help="to learn codebooks from that are not shipped"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS, help="the json file; the plot goes beside it")
     parser.add_argument("--work", type=Path, default=ROOT / "out" / "quality", help="where learned codebooks are kept")
     parser.add_argument("--part", choices=("measure", "plots"), default="measure")

@@ -51,6 +51,11 @@ class LearningPlan:
     importance: float = 1.0
     seed: int = 0
 
+    @property
+    def full_from(self) -> int:
+        """The first round that sees all tokens; what is kept comes of this one or a later one."""
+        return self.rounds // 2
+
     def __post_init__(self):
         for name, low in (
             ("rounds", 1),
@@ -85,18 +90,18 @@ def fit_head(
     start and of every round, relative to the spread about the mean, in the metric. The encoder is no exact minimizer,
     so a round may do harm; what is returned did best of the second half of the rounds, which see all tokens.
     """
+    weights = torch.ones(len(x)) if weights is None else weights
     form = torch.eye(x.shape[1]) if metric is None else metric
     rows, mean, spread = _start(x, weights, metric, bits)
     history, least, best = [], math.inf, (rows, mean)
     for turn in range(plan.rounds + 1):
-        late = turn >= plan.rounds // 2
-        stride = 1 if late else max(1, len(x) // plan.warm_tokens)
-        part = x[turn % stride :: stride]
-        count = torch.ones(len(part), 1) if weights is None else weights[turn % stride :: stride, None]
+        full = turn >= plan.full_from
+        stride = 1 if full else max(1, len(x) // plan.warm_tokens)
+        part, count = x[turn % stride :: stride], weights[turn % stride :: stride, None]
         signs = encode_rows(part, rows, mean, metric)
         error = part - mean - signs @ rows
         history.append((count * (error @ form) * error).sum().item() / count.sum().item() / spread)
-        if late and history[-1] < least:
+        if full and history[-1] < least:
             least, best = history[-1], (rows, mean)
         if turn < plan.rounds:
             rows, mean = _least_squares(signs, part, count, plan.ridge)
@@ -123,21 +128,31 @@ def principal(cov, metric):
     return variance.clamp_min(1e-12), back @ basis
 
 
-def fill(variance: torch.Tensor, bits: int):
-    """Reverse water-filling, one bit at a time: bits of each direction, and distortions (bits + 1, d) on the way."""
-    given = [0] * len(variance)
-    distortion, path = variance.clone(), [variance.clone()]
+def gaussian_distortions(variance: torch.Tensor, most: int) -> torch.Tensor:
+    """Squared errors of directions of these variances (d,), quantized with 0..most bits: (most + 1, d)."""
+    errors = [_UNIFORM_ERROR[b] if b < 6 else _UNIFORM_ERROR[5] / 3.5 ** (b - 5) for b in range(most + 1)]
+    return variance * torch.tensor(errors, dtype=variance.dtype)[:, None]
+
+
+def fill(distortions: torch.Tensor, bits: int) -> tuple[list[int], torch.Tensor]:
+    """Reverse water-filling, one bit at a time: bits of each direction, and distortions (bits + 1, d) on the way.
+
+    distortions: (most + 1, d), what directions with 0..most bits leave; at most ``most`` bits are given to one.
+    """
+    most, d = distortions.shape[0] - 1, distortions.shape[1]
+    given, path = [0] * d, [distortions[0].clone()]
+    wanting = distortions[0].clone()
     for _ in range(bits):
-        j = int(distortion.argmax())
+        j = int(wanting.argmax())
         given[j] += 1
-        b = given[j]
-        distortion[j] = variance[j] * (_UNIFORM_ERROR[b] if b < 6 else _UNIFORM_ERROR[5] / 3.5 ** (b - 5))
-        path.append(distortion.clone())
+        path.append(path[-1].clone())
+        path[-1][j] = distortions[given[j], j]
+        wanting[j] = path[-1][j] if given[j] < most else -1
     return given, torch.stack(path)
 
 
 def _start(
-    x: torch.Tensor, weights: torch.Tensor | None, metric: torch.Tensor | None, bits: int
+    x: torch.Tensor, weights: torch.Tensor, metric: torch.Tensor | None, bits: int
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """First rows: a principal direction with b bits gets b rows, each twice as long as the one before.
 
@@ -150,7 +165,7 @@ def _start(
     form = torch.eye(len(cov)) if metric is None else metric
     variance, directions = principal(cov, metric)
     distortion, half_step = _uniform_quantizers(x, weights, mean, variance, directions)
-    given = _deal(distortion * variance, bits)
+    given, _ = fill(distortion * variance, bits)
     length = (half_step * variance.sqrt()).float()
     rows = torch.stack(
         [directions[:, j].float() * length[b, j] * 2.0**k for j, b in enumerate(given) for k in range(b)]
@@ -165,8 +180,7 @@ def _uniform_quantizers(x, weights, mean, variance, directions):
     Returns mean squared errors and half steps, both (_MOST_BITS + 1, d).
     """
     stride = max(1, len(x) // _START_TOKENS)
-    part = x[::stride] - mean
-    count = torch.ones(len(part), 1) if weights is None else weights[::stride, None]
+    part, count = x[::stride] - mean, weights[::stride, None]
     share = count / count.sum()
     unit = (part.double() @ torch.linalg.inv(directions).T / variance.sqrt()).float()
     errors, halves = [(share * unit.square()).sum(0)], [torch.zeros(unit.shape[1])]
@@ -185,16 +199,6 @@ def _quantization_error(x, half_step, top):
     """x less the nearest of the levels -top, 1 - top .. top, in steps."""
     step = 2 * half_step
     return x - ((x / step + top).round().clamp(0, 2 * top) - top) * step
-
-
-def _deal(distortion: torch.Tensor, bits: int) -> list[int]:
-    """Reverse water-filling by a table (bits of a direction, d): bits of each direction."""
-    given, now = [0] * distortion.shape[1], distortion[0].clone()
-    for _ in range(bits):
-        j = int(now.argmax())
-        given[j] += 1
-        now[j] = distortion[given[j], j] if given[j] < _MOST_BITS else 0
-    return given
 
 
 def _least_squares(

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from .codebook import LayerBook, SignBook
 from .config import ConfigError
-from .em import LearningPlan, fill, fit_head, moments, principal
+from .em import LearningPlan, fill, fit_head, gaussian_distortions, moments, principal
 from .packing import CodeLayout
 
 STEP = 8  # bits are dealt in whole bytes
@@ -55,7 +55,7 @@ def predicted_curve(cov: torch.Tensor, metric: torch.Tensor | None, cost: torch.
     """
     variance, back = principal(cov, metric)
     weight = ((back.T @ cost.double()) * back.T).sum(1)  # cost of one unit of error along each direction
-    return fill(variance, bits)[1] @ weight
+    return fill(gaussian_distortions(variance, bits), bits)[1] @ weight
 
 
 def allocate(
@@ -129,7 +129,7 @@ def learn(
                 out[rate].report["bits_per_head"][str(layer)] = {side: list(b) for side, b in bits.items()}
                 out[rate].report["loss_curves"][str(layer)] = curves
                 out[rate].report["relative_error"][str(layer)] = {
-                    side: [min(c[plan.rounds // 2 :]) for c in curves[side]] for side in SIDES
+                    side: [min(c[plan.full_from :]) for c in curves[side]] for side in SIDES
                 }
     finally:
         torch.set_num_threads(torch_threads)

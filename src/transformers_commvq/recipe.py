@@ -22,11 +22,10 @@ from .config import CommVQConfig, ConfigError
 from .geometry import read_model
 from .learning import LearnedRate, LearningPlan, learn
 from .samples import StoredSamples
-from .text import self_generated, windows_of
+from .text import longest_windows, self_generated
 
 logger = logging.getLogger(__name__)
 
-SHORTEST = 1024  # tokens of a window, where the texts hold no more in a row
 HELD_OUT = 0.1  # the last part of every text is kept for the evaluation
 
 
@@ -85,7 +84,7 @@ def learn_codebooks(
     own = recipe.tokens // (len(texts) + 1) if self_written or not texts else 0
     windows = []
     if own < recipe.tokens:
-        windows = _longest_windows(tokenizer, [split(t)[0] for t in texts.values()], recipe.tokens - own, length)
+        windows = longest_windows(tokenizer, [split(t)[0] for t in texts.values()], recipe.tokens - own, length)
     if own:
         count = max(1, round(own / length))
         windows += self_generated(model, tokenizer, count, length, recipe.seed, progress=progress)
@@ -149,22 +148,6 @@ def _learned_folder(model: nn.Module, config: CommVQConfig) -> Path:
                 weights.update(sample.to("cpu", torch.float32).numpy().tobytes())
     name = f"{Path(reading.geometry.id).name}-CommVQ-{config.bits:g}bit-{weights.hexdigest()[:12]}"
     return Path(constants.HF_HOME) / "commvq" / "learned" / name
-
-
-def _longest_windows(tokenizer, texts: Sequence[str], tokens: int, length: int) -> list[torch.Tensor]:
-    """About ``tokens`` tokens in windows of ``length``; shorter ones if a text holds none or much would be missing."""
-
-    def enough(length):
-        try:
-            for text in texts:
-                windows_of(tokenizer, [text], 1, length)
-        except ConfigError:
-            return False
-        return len(windows_of(tokenizer, texts, max(1, tokens // length), length)) * length >= 0.75 * tokens
-
-    while length // 2 >= SHORTEST and not enough(length):
-        length //= 2
-    return windows_of(tokenizer, texts, max(1, tokens // length), length)
 
 
 def _fingerprint(recipe: Recipe, geometry: dict, windows: Sequence[torch.Tensor]) -> str:

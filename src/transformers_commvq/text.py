@@ -11,6 +11,8 @@ from tqdm.auto import tqdm
 
 from .config import ConfigError
 
+SHORTEST = 1024  # tokens of a window, where the texts hold no more in a row
+
 
 def read_file(path: str | Path, field: str | None = None) -> str:
     """The text of a file; of a .jsonl file the named field of every line, or all string fields joined by newlines.
@@ -62,6 +64,27 @@ def windows_of(tokenizer, texts: Sequence[str], count: int, length: int) -> list
 
     Raises ConfigError when not even one window fits.
     """
+    return _dealt(_windows_by_text(tokenizer, texts, count, length), count, length)
+
+
+def longest_windows(tokenizer, texts: Sequence[str], tokens: int, length: int) -> list[torch.Tensor]:
+    """About ``tokens`` tokens in windows of ``length``, as ``windows_of`` makes them.
+
+    Windows are shorter, but not below ``SHORTEST``, where a text holds none or much would be missing.
+
+    Raises ConfigError when not even one window fits.
+    """
+    while True:
+        count = max(1, tokens // length)
+        by_text = _windows_by_text(tokenizer, texts, count, length)
+        enough = all(by_text) and sum(map(len, by_text)) * length >= 0.75 * tokens
+        if enough or length // 2 < SHORTEST:
+            return _dealt(by_text, count, length)
+        length //= 2
+
+
+def _windows_by_text(tokenizer, texts: Sequence[str], count: int, length: int) -> list[list[torch.Tensor]]:
+    """Each text's windows: its share of ``count``, rounded up, or fewer if it is short."""
     start = tokenizer("a")["input_ids"][:1]
     bos = start if tokenizer.bos_token_id is not None and start == [tokenizer.bos_token_id] else []
     room = length - len(bos)
@@ -77,9 +100,14 @@ def windows_of(tokenizer, texts: Sequence[str], count: int, length: int) -> list
         else:
             starts = [i * (len(text) // share) for i in range(share)]
             parts = [_ids(tokenizer, text[start : start + piece]) for start in starts]
-        windows = [torch.tensor(bos + ids[:room]) for ids in parts if len(ids) >= room]
-        per_text.append(windows)
-    dealt = [w[i] for i in range(share) for w in per_text if i < len(w)][:count]
+        per_text.append([torch.tensor(bos + ids[:room]) for ids in parts if len(ids) >= room])
+    return per_text
+
+
+def _dealt(by_text: Sequence[Sequence[torch.Tensor]], count: int, length: int) -> list[torch.Tensor]:
+    """Windows of every text in turn, ``count`` at most."""
+    longest = max(map(len, by_text))
+    dealt = [windows[i] for i in range(longest) for windows in by_text if i < len(windows)][:count]
     if not dealt:
         raise ConfigError(f"the texts hold no {length} tokens in a row. Fix: give more text, or a smaller window.")
     return dealt

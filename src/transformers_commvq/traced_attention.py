@@ -127,11 +127,12 @@ def weighing_attention(query, key, value, mask, scaling, residual_length, softca
     near = max(residual_length, 1)
     for h in range(key.shape[1]):
         own = slice(h * groups, (h + 1) * groups)
-        keys, values = key[:, h : h + 1].float(), value[:, h : h + 1].float()
+        queries, keys, values = query[:, own].float(), key[:, h : h + 1].float(), value[:, h : h + 1].float()
+        visible = mask if mask is None or mask.shape[1] == 1 else mask[:, own]
         aux = None if s_aux is None else s_aux.flatten()[own]
         for at in _blocks(tokens):
-            q, k, v = _block(at, query[:, own].float(), keys, values)
-            seen = _causal(q, k) if mask is None else _block_mask(at, mask if mask.shape[1] == 1 else mask[:, own])
+            q, k, v = _block(at, queries, keys, values)
+            seen = _causal(q, k) if mask is None else _block_mask(at, visible)
             a = _probabilities(q * scaling @ k.transpose(2, 3), seen, softcap, aux)
             out = output[:, own, at] = a @ v
             square = a.tril(at.start - near).square().flatten(1, 2).transpose(1, 2)  # (batch, keys, groups * queries)
