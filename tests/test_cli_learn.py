@@ -50,6 +50,7 @@ def test_learn_then_eval(checkpoint, texts, tmp_path, capsys):
         book = Codebook.load(folder)
         assert book.bits == rate and book.geometry.id == "someone/tiny"
         assert book.calibration["texts"] == ["plain.txt", "rows.jsonl"]
+        assert book.calibration["window"] == 512 and book.calibration["tokens"] == 1024  # a window of each text
         assert set(book.evaluation) == {"plain.txt", "rows.jsonl"}
         assert str(tmp_path) not in (folder / "config.json").read_text()
         report = json.loads((folder / "report.json").read_text())

@@ -125,8 +125,9 @@ def test_rows_come_in_the_order_they_were_learned_in(metric):
     assert relative_error(x, shuffled, mean, metric) > 1.5 * best
 
 
-def test_a_constant_head_does_no_harm():
-    rows, mean, _ = fit_head(torch.ones(512, 16), None, 8, PLAN)
+@pytest.mark.parametrize("bits", [8, 64])
+def test_a_constant_head_does_no_harm(bits):
+    rows, mean, _ = fit_head(torch.ones(512, 16), None, bits, PLAN)
     assert torch.isfinite(rows).all()
     torch.testing.assert_close(mean, torch.ones(16), atol=1e-3, rtol=0)
 

@@ -80,8 +80,10 @@ def learn_codebooks(
     recipe, texts, started = recipe or Recipe(), dict(texts or {}), time.monotonic()
     geometry = read_model(model, base_model).geometry
     longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or recipe.window
-    length = min(recipe.window, recipe.tokens, longest)
-    own = recipe.tokens // (len(texts) + 1) if self_written or not texts else 0
+    self_written = self_written or not texts
+    share = recipe.tokens // (len(texts) + self_written)
+    length = min(recipe.window, share, longest)  # so that every text has a window
+    own = share if self_written else 0
     windows = []
     if own < recipe.tokens:
         windows = longest_windows(tokenizer, [split(t)[0] for t in texts.values()], recipe.tokens - own, length)
@@ -100,7 +102,7 @@ def learn_codebooks(
     recorded = time.monotonic() - started
     learned = learn(samples, rates, recipe.learning, None if folder is None else folder / key, progress)
     notes = {
-        "texts": [*texts, *(["written by the model"] if own else [])],
+        "texts": [*texts, *(["written by the model"] if self_written else [])],
         "tokens": sum(map(len, windows)),
         "window": max(map(len, windows)),
         "seed": recipe.seed,
