@@ -251,6 +251,12 @@ def test_windows_are_as_long_as_the_texts_allow(letters, length, count):
     assert {w[0].item() for w in windows} == {ord("a"), ord("b")}
 
 
+def test_a_text_without_a_window_is_named(caplog):
+    windows = longest_windows(Letters(), ["a" * 80000, "b" * 1000], 4 * 4096, 4096)
+    assert {w[0].item() for w in windows} == {ord("a")} and {len(w) for w in windows} == {4096}
+    assert "text 2 of 2" in caplog.text and "holds no 1024 tokens" in caplog.text
+
+
 def test_texts_without_a_window_are_refused():
     with pytest.raises(ConfigError, match="1024 tokens in a row"):
         longest_windows(Letters(), ["a" * 1000], 4096, 4096)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import torch
 from tqdm.auto import tqdm
 
 from .config import ConfigError
+
+logger = logging.getLogger(__name__)
 
 SHORTEST = 1024  # tokens of a window, where the texts hold no more in a row
 
@@ -70,17 +73,29 @@ def windows_of(tokenizer, texts: Sequence[str], count: int, length: int) -> list
 def longest_windows(tokenizer, texts: Sequence[str], tokens: int, length: int) -> list[torch.Tensor]:
     """About ``tokens`` tokens in windows of ``length``, as ``windows_of`` makes them.
 
-    Windows are shorter, but not below ``SHORTEST``, where a text holds none or much would be missing.
+    Windows are shorter, but not below ``SHORTEST``, where a text holds none or much would be missing. A text that holds
+    none even then is left out, with a warning.
 
     Raises ConfigError when not even one window fits.
     """
-    while True:
+    lengths = [length]
+    while lengths[-1] // 2 >= SHORTEST:
+        lengths.append(lengths[-1] // 2)
+    usable = []
+    for i, text in enumerate(texts, 1):
+        if _windows_by_text(tokenizer, [text], 1, lengths[-1])[0]:
+            usable.append(text)
+        else:
+            logger.warning(
+                "text %d of %d, which begins %r, holds no %d tokens in a row: nothing is learned from it. "
+                "Fix: join short texts into one file.", i, len(texts), text[:40], lengths[-1],
+            )  # fmt: skip
+    for length in lengths:
         count = max(1, tokens // length)
-        by_text = _windows_by_text(tokenizer, texts, count, length)
-        enough = all(by_text) and sum(map(len, by_text)) * length >= 0.75 * tokens
-        if enough or length // 2 < SHORTEST:
-            return _dealt(by_text, count, length)
-        length //= 2
+        by_text = _windows_by_text(tokenizer, usable, count, length) if usable else [[]]
+        if all(by_text) and sum(map(len, by_text)) * length >= 0.75 * tokens:
+            break
+    return _dealt(by_text, count, length)
 
 
 def _windows_by_text(tokenizer, texts: Sequence[str], count: int, length: int) -> list[list[torch.Tensor]]:
