@@ -100,7 +100,7 @@ def test_processes_try_every_item_once_and_all_know_the_results(count):
             return parts
 
     for rank in range(count):
-        assert Together(rank, count).map(lambda x: x * x, items) == [x * x for x in items]
+        assert Together(rank, count).map(lambda x: x * x, items, "squares") == [x * x for x in items]
 
 
 PROBLEMS = [Problem(f"What is {i} and {i}?", f"<<{i}+{i}={2 * i}>>{2 * i}.\n#### {2 * i}") for i in range(1000, 1006)]

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .evaluation import StreamingQuality, streaming_quality
@@ -43,9 +44,13 @@ class Share:
         dist.all_gather_object(values, value)
         return values
 
-    def map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-        """What a function makes of every item, each computed by one process; the same list in every process."""
-        parts = self.gather([function(item) for item in self.of(items)])
+    def map(self, function: Callable[[Any], Any], items: Sequence[Any], task: str) -> list[Any]:
+        """What a function makes of every item, each computed by one process; the same list in every process.
+
+        task: what the progress bar, of the process that reports, is called.
+        """
+        mine = tqdm(self.of(items), desc=task, unit="prompt", disable=self.rank > 0)
+        parts = self.gather([function(item) for item in mine])
         return [parts[i % self.count][i // self.count] for i in range(len(items))]
 
     def device(self, name: str) -> str:

@@ -26,11 +26,11 @@ FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. Th
 DEPTHS = (0.1, 0.5, 0.9)
 _ASK = "What is the pass key? The pass key is"
 _SOLUTION_TOKENS = 256  # most tokens of an answer to a problem; those of the data set have 100 on average
-Run = Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]]
+Run = Callable[[Callable[[Any], Any], Sequence[Any], str], list[Any]]
 
 
-def in_turn(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-    """One after another in this process; ``processes.Share.map`` shares them out instead."""
+def in_turn(function: Callable[[Any], Any], items: Sequence[Any], task: str) -> list[Any]:
+    """One after another in this process; ``processes.Share.map`` shares them out instead, and shows its progress."""
     return [function(item) for item in items]
 
 
@@ -179,7 +179,7 @@ def passkey_retrieval(
 
     planned = passkey_trials(tokenizer, lengths, depths, trials, seed, haystack)
     out: dict[int, dict[float, float]] = {length: dict.fromkeys(depths, 0) for length in lengths}
-    for trial, hit in zip(planned, run(found, planned), strict=True):
+    for trial, hit in zip(planned, run(found, planned, "passkey"), strict=True):
         out[trial.length][trial.depth] += hit / trials
     return out
 
@@ -246,7 +246,7 @@ def gsm8k(
         answer = reader.answer(ids, _SOLUTION_TOKENS, finished, shared)
         return answered(tokenizer.decode(answer))
 
-    return run(solve, problems[-count:])
+    return run(solve, problems[-count:], "gsm8k")
 
 
 def accuracy(answers: Sequence[str | None], problems: Sequence[Problem]) -> float:
