@@ -332,6 +332,23 @@ def test_a_cache_made_in_inference_mode_lives_on(model):
     assert torch.equal(feed(model, cache, ids[:, 190:]), feed(model, twin, ids[:, 190:]))
 
 
+def test_a_copy_made_in_inference_mode_lives_on(model, monkeypatch):
+    """With room left in the buffers it was copied with, that nothing may be written to."""
+    monkeypatch.setattr("transformers_commvq.layer.SPARE", 1)
+    ids, prefix = random_ids(2, 500), make_cache(model)
+    for part in ids[:, :400].split(64, 1):
+        feed(model, prefix, part)
+    spare = prefix.layers[0].key_codes.shape[1] - prefix.layers[0].coded
+    assert spare >= 128
+    with torch.inference_mode():
+        twin = copy.deepcopy(prefix)
+        inside = feed(model, twin, ids[:, 400:])
+    with torch.inference_mode():
+        later = copy.deepcopy(prefix)
+    expected = feed(model, prefix, ids[:, 400:])
+    assert torch.equal(inside, expected) and torch.equal(feed(model, later, ids[:, 400:]), expected)
+
+
 def test_gradients_are_not_kept(model):
     cache = make_cache(model)
     out = model(random_ids(1, 200), past_key_values=cache)

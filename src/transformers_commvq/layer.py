@@ -217,10 +217,10 @@ class CommVQLayer(BaseQuantizedLayer):
 
     def _reserve(self, tokens: int) -> None:
         capacity = self.key_codes.shape[1]
-        if tokens <= capacity:
+        if tokens > capacity:  # a prompt gets what it needs; a cache that grows gets a small part more
+            capacity = tokens if capacity == 0 else max(tokens, capacity + max(FLUSH, capacity // SPARE))
+        elif not self.key_codes.is_inference():  # as a copy is that was made inside torch.inference_mode(): read only
             return
-        # A prompt gets what it needs; a cache that grows gets a small part more.
-        capacity = tokens if capacity == 0 else max(tokens, capacity + max(FLUSH, capacity // SPARE))
         for name in ("key_codes", "value_codes"):
             old = getattr(self, name)
             new = old.new_empty(old.shape[0], capacity, old.shape[2])
