@@ -183,11 +183,11 @@ def _starts(
     rows = torch.stack([directions[:, j].float() * length[b, j] * 2.0 ** (b - 1 - k) for j, b, k in place])
     norm = ((rows @ form) * rows).sum(1)
     within = torch.tensor([k for *_, k in place])
-    starts = []
+    orders: dict[tuple[int, ...], None] = {}  # each once: where directions have a bit or two, they are the same
     for together in _TOGETHER if bits <= _MANY * x.shape[1] else _TOGETHER[:1]:
         leader = torch.arange(bits) - within % together
-        starts.append(rows[norm[leader].argsort(descending=True, stable=True)])
-    return starts, mean, (cov * form.double()).sum().item() or 1.0
+        orders[tuple(norm[leader].argsort(descending=True, stable=True).tolist())] = None
+    return [rows[list(order)] for order in orders], mean, (cov * form.double()).sum().item() or 1.0
 
 
 def _uniform_quantizers(x, weights, mean, variance, directions):
