@@ -7,7 +7,8 @@ from books import sign_book
 
 from transformers_commvq import CodebookFormatError
 from transformers_commvq.ops import decode, encode, gpu, jit, kind_of
-from transformers_commvq.ops.encode import choose_signs
+from transformers_commvq.ops.encode import choose_signs, encode_signs
+from transformers_commvq.ops.sign_groups import coupled_orders, gram_of, held_bytes
 
 
 def error(x, codes, book):
@@ -17,7 +18,20 @@ def error(x, codes, book):
     return (e.unsqueeze(-2) @ m @ e.unsqueeze(-1))[..., 0, 0]
 
 
-def plain_encode(x, book, sweeps=3, group=4):
+def alike(gram, met):
+    """One head's groups of four rows that are alike, no two of which are in ``met`` if it can be helped."""
+    free, groups = list(range(len(gram))), []
+    while free:
+        group = [free.pop(0)]
+        while len(group) < 4:
+            total = {r: sum(0 if {r, m} in met else abs(float(gram[m, r])) for m in group) for r in free}
+            group.append(max(free, key=total.get))
+            free.remove(group[-1])
+        groups.append(group)
+    return groups
+
+
+def plain_encode(x, book):
     """The same algorithm as a loop over tokens, heads and groups of signs, each group by exhaustion."""
     out = torch.zeros(*x.shape[:3], book.layout.max_bits)
     rows, start = [], 0
@@ -27,18 +41,19 @@ def plain_encode(x, book, sweeps=3, group=4):
     for b, h, t in itertools.product(*map(range, x.shape[:3])):
         c = rows[h]
         m = torch.eye(x.shape[-1]) if book.metric is None else book.metric[h].float()
-        m = (m + m.T) / 2
         target, s = x[b, h, t] - book.mean[h], torch.zeros(len(c))
-        for _ in range(1 + sweeps):
-            for a in range(0, len(c), group):
-                best = None
-                for p in itertools.product((1.0, -1.0), repeat=group):
-                    trial = s.clone()
-                    trial[a : a + group] = torch.tensor(p)
-                    e = target - trial @ c
-                    loss = float(e @ m @ e)
-                    best = min(best or (loss, trial), (loss, trial), key=lambda v: v[0])
-                s = best[1]
+        own = [list(range(a, a + 4)) for a in range(0, len(c), 4)]
+        once = alike(c @ m @ c.T, [])
+        again = alike(c @ m @ c.T, [set(pair) for group in once for pair in itertools.combinations(group, 2)])
+        for group in [*own, *own, *once, *again, *once, *again]:
+            best = None
+            for p in itertools.product((1.0, -1.0), repeat=4):
+                trial = s.clone()
+                trial[group] = torch.tensor(p)
+                e = target - trial @ c
+                loss = float(e @ m @ e)
+                best = min(best or (loss, trial), (loss, trial), key=lambda v: v[0])
+            s = best[1]
         out[b, h, t, : len(c)] = s
     return out
 
@@ -103,8 +118,47 @@ def test_warm_start_never_loses():
     gram = c @ c.transpose(1, 2)
     start = torch.randn(1, 200, 24).sign()
     before = ((y - start @ c) ** 2).sum(-1)
-    after = ((y - choose_signs((y - start @ c) @ c.transpose(1, 2), gram, start.clone()) @ c) ** 2).sum(-1)
+    orders = [None, torch.randperm(24)[None]]
+    after = ((y - choose_signs((y - start @ c) @ c.transpose(1, 2), gram, orders, start.clone()) @ c) ** 2).sum(-1)
     assert (after <= before + 1e-4).all() and after.mean() < before.mean()
+
+
+def test_groups_are_made_of_rows_that_are_alike():
+    """Of 16 directions with four rows each, every direction's rows are a group; then others meet."""
+    generator = torch.Generator().manual_seed(0)
+    places = torch.randperm(64, generator=generator)
+    direction = (places % 16).tolist()
+    rows = torch.eye(16)[direction] * (1 + places // 16)[:, None] + 0.01 * torch.randn(64, 16, generator=generator)
+    once, again, third = coupled_orders((rows @ rows.T)[None], (64,), 3)
+    for group in once.view(-1, 4).tolist():
+        assert len({direction[row] for row in group}) == 1
+    met = set()
+    for order in (once, again, third):
+        assert sorted(order.flatten().tolist()) == list(range(64))
+        pairs = {pair for group in order.view(-1, 4).tolist() for pair in itertools.permutations(group, 2)}
+        assert len(pairs & met) <= 0.1 * len(pairs)  # the last group takes the rows that are left
+        met |= pairs
+
+
+@pytest.mark.parametrize("metric", [False, True])
+def test_groups_keep_to_a_heads_own_rows(metric):
+    book = sign_book((8, 104, 40), 16, metric=metric)
+    for order in coupled_orders(gram_of(book)[1], book.layout.bits, 2):
+        for n, rows in zip(book.layout.bits, order.tolist(), strict=True):
+            assert sorted(rows[:n]) == list(range(n)) and rows[n:] == list(range(n, 104))
+
+
+def test_passes_over_like_rows_lower_the_error():
+    """Rows as EM leaves them, many to a direction: here the multiples 1, 2, 4 and 8 of noisy directions."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(24, 1, 16, generator=generator) * torch.tensor([8.0, 4, 2, 1])[:, None]
+    rows = (rows + 0.2 * torch.randn(24, 4, 16, generator=generator)).view(96, 16)
+    book = sign_book((96,), 16)
+    book.vectors = rows[rows.norm(dim=1).argsort(descending=True)].half()
+    x = 20 * torch.randn(1, 1, 500, 16, generator=generator)
+    rough, fine = (error(x, encode_signs(x, book, rough), book).mean() for rough in (True, False))
+    assert fine < 0.8 * rough
+    assert held_bytes(book) == 2 * 96 * 2  # two orders of int16
 
 
 def test_unknown_kind_is_refused():

@@ -244,20 +244,6 @@ def test_outliers_are_in_range_from_the_start(monkeypatch):
     assert min(history) < 0.8 * min(fit_head(x, None, 48, plan)[2])
 
 
-@pytest.mark.parametrize("bits", [8, 24])
-def test_the_best_start_goes_on(bits, monkeypatch):
-    x, plan, found = gaussian(4096), LearningPlan(rounds=6, warm_tokens=1024), {}
-    tried = em._TOGETHER
-    for together in [(1,), (2,), tried[-1:], tried]:
-        monkeypatch.setattr(em, "_TOGETHER", together)
-        found[together] = fit_head(x, None, bits, plan)
-    histories = {together: history for together, (*_, history) in found.items()}
-    best = min(list(histories)[:-1], key=lambda together: histories[together][2])  # the last round before all tokens
-    assert all(torch.equal(a, b) for a, b in zip(found[tried][:2], found[best][:2], strict=True))
-    assert histories[tried] == histories[best]
-    assert min(histories[tried][3:]) < min(histories[1,][3:])
-
-
 @pytest.mark.parametrize(("letters", "length", "count"), [(9000, 4096, 4), (5000, 4096, 3), (3000, 1024, 10)])
 def test_windows_are_as_long_as_the_texts_allow(letters, length, count):
     windows = longest_windows(Letters(), ["a" * 80000, "b" * letters], 4 * 4096, 4096)

@@ -7,8 +7,8 @@ EM alternates
     M  (C, mean) = least squares of x on (s, 1), with a small ridge; M drops out of this step
 
 from uniform quantizers along the principal directions of the vectors. The rows keep the order they start in, since
-the encoder goes through them in order: sorted anew at the end they would be encoded worse than they were learned. Which
-order is best to start in is tried out.
+the encoder goes through them in order: sorted anew at the end they would be encoded worse than they were learned. The
+encoder's last passes are left out at first: with them from the beginning, EM settles in worse places.
 """
 
 from __future__ import annotations
@@ -30,15 +30,13 @@ _HALF_STEP = (0.0, 0.798, 0.49785, 0.293, 0.1676, 0.094, 0.052)
 _RANGES = (0.6, 0.8, 1.0, 1.25, 1.6, 2.0, 2.5, 3.2, 4.0)  # steps tried against that of a Gaussian
 _MOST_BITS = 9  # of one direction at the start
 _START_TOKENS = 4096  # that the starting steps are chosen on
-_TOGETHER = (1, 2, _MOST_BITS)  # rows of one direction that go one after another in the orders to start from
-_MANY = 2.0  # bits an element, above which only the first of these orders is tried
 
 
 @dataclass(frozen=True)
 class LearningPlan:
     """How books are learned.
 
-    rounds: EM rounds; the first half see ``warm_tokens`` only, from several starts, the others all tokens.
+    rounds: EM rounds; the first half see ``warm_tokens`` only, the others all tokens.
     key_shrink: share of its mean diagonal added to the keys' metric. An unshrunk metric lets EM ruin directions it
         believes to be free: lower training loss, worse model.
     ridge: added to S^T S in the M-step, as a share of the tokens.
@@ -90,39 +88,33 @@ def fit_head(
 
     x: (tokens, d) float32.  metric: (d, d) or None.  weights: (tokens,), how much each token counts; None: alike.
     Returns rows (bits, d) float32 in the order in which the encoder goes through them, mean (d,), and the errors of the
-    start and of every round, relative to the spread about the mean, in the metric. The first half of the rounds is run
-    from several starts, of which the best goes on. The encoder is no exact minimizer, so a round may do harm; what is
-    returned did best of the second half, whose rounds see all tokens.
+    start and of every round, relative to the spread about the mean, in the metric. The encoder is no exact minimizer,
+    so a round may do harm; what is returned did best of the second half, whose rounds see all tokens.
     """
     weights = torch.ones(len(x)) if weights is None else weights
     form = torch.eye(x.shape[1]) if metric is None else metric
-    starts, mean, spread = _starts(x, weights, metric, bits)
-
-    def go(rows, mean, turns):
-        history, least, best = [], math.inf, (rows, mean)
-        for turn in turns:
-            stride = 1 if turn >= plan.full_from else max(1, len(x) // plan.warm_tokens)
-            part, count = x[turn % stride :: stride], weights[turn % stride :: stride, None]
-            signs = encode_rows(part, rows, mean, metric)
-            error = part - mean - signs @ rows
-            history.append((count * (error @ form) * error).sum().item() / count.sum().item() / spread)
-            if history[-1] < least:
-                least, best = history[-1], (rows, mean)
-            if turn < plan.rounds:
-                rows, mean = _least_squares(signs, part, count, plan.ridge)
-        return rows, mean, history, best
-
-    warm = [go(rows, mean, range(plan.full_from)) for rows in starts]
-    rows, mean, before, _ = min(warm, key=lambda tried: tried[2][-1:])
-    *_, after, best = go(rows, mean, range(plan.full_from, plan.rounds + 1))
-    return *best, before + after
+    rows, mean, spread = _start(x, weights, metric, bits)
+    history, least, best = [], math.inf, (rows, mean)
+    for turn in range(plan.rounds + 1):
+        stride = 1 if turn >= plan.full_from else max(1, len(x) // plan.warm_tokens)
+        part, count = x[turn % stride :: stride], weights[turn % stride :: stride, None]
+        signs = encode_rows(part, rows, mean, metric, rough=turn <= plan.full_from)
+        error = part - mean - signs @ rows
+        history.append((count * (error @ form) * error).sum().item() / count.sum().item() / spread)
+        if turn >= plan.full_from and history[-1] < least:
+            least, best = history[-1], (rows, mean)
+        if turn < plan.rounds:
+            rows, mean = _least_squares(signs, part, count, plan.ridge)
+    return *best, history
 
 
-def encode_rows(x: torch.Tensor, rows: torch.Tensor, mean: torch.Tensor, metric: torch.Tensor | None) -> torch.Tensor:
+def encode_rows(
+    x: torch.Tensor, rows: torch.Tensor, mean: torch.Tensor, metric: torch.Tensor | None, rough: bool = False
+) -> torch.Tensor:
     """Signs of one head's vectors. x: (tokens, d); rows: (n, d); mean: (d,). Returns (tokens, n) in {-1, +1}."""
     layout = CodeLayout((len(rows),))
     book = SignBook(layout, rows, mean[None], None if metric is None else metric[None])
-    return unpack(encode_signs(x[None, None], book), layout)[0, 0]
+    return unpack(encode_signs(x[None, None], book, rough), layout)[0, 0]
 
 
 def principal(cov, metric):
@@ -161,17 +153,15 @@ def fill(distortions: torch.Tensor, bits: int) -> tuple[list[int], torch.Tensor]
     return given, torch.stack(path)
 
 
-def _starts(
+def _start(
     x: torch.Tensor, weights: torch.Tensor, metric: torch.Tensor | None, bits: int
-) -> tuple[list[torch.Tensor], torch.Tensor, float]:
+) -> tuple[torch.Tensor, torch.Tensor, float]:
     """First rows: a principal direction with b bits gets b rows, each half as long as the one before.
 
     Together the rows of a direction are a uniform quantizer. Its step is the one that serves the vectors best: heads
     have outliers, which a Gaussian's step leaves out of range and EM brings in slowly (docs/learning-experiments.md).
 
-    Returns the rows (bits, d) in each order worth trying, mean (d,), and the spread about it in the metric. Rows go by
-    decreasing norm in the metric, one by one or as many of a direction together as ``_TOGETHER`` says: the encoder
-    chooses neighbours jointly, which is better where there are few bits and worse where there are many.
+    Returns rows (bits, d) by decreasing norm in the metric, mean (d,), and the spread about it in the metric.
     """
     mean, cov = moments(x, weights)
     form = torch.eye(len(cov)) if metric is None else metric
@@ -181,13 +171,8 @@ def _starts(
     length = (half_step * variance.sqrt()).float()
     place = [(j, b, k) for j, b in enumerate(given) for k in range(b)]
     rows = torch.stack([directions[:, j].float() * length[b, j] * 2.0 ** (b - 1 - k) for j, b, k in place])
-    norm = ((rows @ form) * rows).sum(1)
-    within = torch.tensor([k for *_, k in place])
-    orders: dict[tuple[int, ...], None] = {}  # each once: where directions have a bit or two, they are the same
-    for together in _TOGETHER if bits <= _MANY * x.shape[1] else _TOGETHER[:1]:
-        leader = torch.arange(bits) - within % together
-        orders[tuple(norm[leader].argsort(descending=True, stable=True).tolist())] = None
-    return [rows[list(order)] for order in orders], mean, (cov * form.double()).sum().item() or 1.0
+    order = ((rows @ form) * rows).sum(1).argsort(descending=True, stable=True)
+    return rows[order], mean, (cov * form.double()).sum().item() or 1.0
 
 
 def _uniform_quantizers(x, weights, mean, variance, directions):

@@ -179,7 +179,7 @@ def _deal(curves, samples, rate, plan):
 
 def _layer_book(samples, layer, bits, plan, pool, work) -> tuple[LayerBook, dict[str, list[list[float]]]]:
     """One layer at one allocation, from the work folder if it is there, and every head's errors round by round."""
-    settings = json.dumps(["fitted steps", asdict(plan), layer, bits], sort_keys=True)
+    settings = json.dumps(["like rows, one start", asdict(plan), layer, bits], sort_keys=True)
     path = work / f"layer-{layer}-{hashlib.sha256(settings.encode()).hexdigest()[:16]}.safetensors" if work else None
     if path and path.exists():
         with safe_open(path, "pt") as file:

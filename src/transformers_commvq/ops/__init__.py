@@ -17,7 +17,7 @@ import torch
 
 from ..codebook import LayerBook
 from ..config import ConfigError
-from . import gpu, jit
+from . import gpu, jit, sign_groups
 from .attention_cpu import attention_blockwise
 from .attention_exact import attention_exact
 from .attention_jit import attention_jit, held_bytes, merged_jit, supports
@@ -103,7 +103,8 @@ def merged_attention(
 
 def tables_nbytes(book: LayerBook) -> int:
     """Bytes of what backends have made of a layer's codebooks so far; kept as long as the book, for all caches."""
-    return held_bytes(book) + gpu.held_bytes(book)
+    encoders = sum(map(sign_groups.held_bytes, (book.keys, book.values)))
+    return held_bytes(book) + gpu.held_bytes(book) + encoders
 
 
 __all__ = [

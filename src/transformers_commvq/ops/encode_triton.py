@@ -11,7 +11,8 @@ import triton
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..codebook import SignBook
-from .encode import SWEEPS
+from .encode import COUPLED_ORDERS, COUPLED_TIMES, PLAIN_PASSES
+from .sign_groups import gram_of, orders_of
 from .triton_encode import improve_signs, pack_signs
 
 CHUNK = 4096  # tokens at a time, which bounds the scratch: 5 bytes a token and padded sign
@@ -24,22 +25,41 @@ _tables: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 @dataclass
-class EncoderTables:
-    """A codebook as the encoder's kernels read it. ``gram`` is C M C^T, rows padded with zeros to a multiple of DEPTH.
+class Arrangement:
+    """C M C^T with its rows in the order of some passes, padded with zeros to a multiple of DEPTH.
 
-    dual: float32 (heads, padded, head_dim), C M.
-    high, low: float16 (heads, padded, padded), gram = (high + low) scale. scale: float32 (heads,).
+    passes: how many in a row go through the signs in this order.
+    order, back: int64 (heads, 1, padded), the row at each place and the place of each row; None for the rows' own.
+    high, low: float16 (heads, padded, padded), gram = (high + low) scale of the encoder's tables.
     inner: float32 (heads, padded / BLOCK, BLOCK, BLOCK), the blocks on gram's diagonal.
+    """
+
+    passes: int
+    order: torch.Tensor | None
+    back: torch.Tensor | None
+    high: torch.Tensor
+    low: torch.Tensor
+    inner: torch.Tensor
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [t for t in vars(self).values() if isinstance(t, torch.Tensor)]
+
+
+@dataclass
+class EncoderTables:
+    """A codebook as the encoder's kernels read it.
+
+    dual: float32 (heads, padded, head_dim), C M. scale: float32 (heads,).
     bits, first: int32 (heads,), each head's number of bits and first byte in a token's row.
+    turns: the arrangements in the order of the encoder's passes; one that comes again is the same object.
     """
 
     dual: torch.Tensor
-    high: torch.Tensor
-    low: torch.Tensor
     scale: torch.Tensor
-    inner: torch.Tensor
     bits: torch.Tensor
     first: torch.Tensor
+    turns: list[Arrangement]
 
     @property
     def padded(self) -> int:
@@ -47,14 +67,15 @@ class EncoderTables:
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in vars(self).values())
+        own = [self.dual, self.scale, self.bits, self.first]
+        arrangements = {id(turn): turn for turn in self.turns}.values()
+        return sum(t.nbytes for t in (*own, *(t for turn in arrangements for t in turn.tensors)))
 
 
-def encode_signs_triton(x: torch.Tensor, book: SignBook, sweeps: int = SWEEPS) -> torch.Tensor:
+def encode_signs_triton(x: torch.Tensor, book: SignBook) -> torch.Tensor:
     """Sign codes of vectors; the codes of ops.encode.encode_signs but where two choices tie to float32 rounding.
 
     x: (batch, heads, tokens, head_dim), any float dtype; keys before RoPE.
-    sweeps: coordinate descent passes after the greedy one.
     Returns uint8 (batch, tokens, bytes), see packing.
     """
     batch, heads, tokens, dim = x.shape
@@ -70,10 +91,16 @@ def encode_signs_triton(x: torch.Tensor, book: SignBook, sweeps: int = SWEEPS) -
         target = y @ tables.dual.transpose(1, 2)
         signs = torch.zeros(target.shape, dtype=torch.int8, device=device)
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            improve_signs[(triton.cdiv(batch * count, TOKENS), heads)](
-                target, signs, tables.high, tables.low, tables.inner, tables.scale, tables.bits,
-                batch * count, padded, sweeps, TOKENS=TOKENS, DEPTH=DEPTH, num_warps=8, num_stages=2,
-            )  # fmt: skip
+            for turn in tables.turns:
+                aim, chosen = target, signs
+                if turn.order is not None:
+                    order = turn.order.expand_as(signs)
+                    aim, chosen = target.gather(2, order), signs.gather(2, order)
+                improve_signs[(triton.cdiv(batch * count, TOKENS), heads)](
+                    aim, chosen, turn.high, turn.low, turn.inner, tables.scale, tables.bits,
+                    batch * count, padded, turn.passes, TOKENS=TOKENS, DEPTH=DEPTH, num_warps=8, num_stages=2,
+                )  # fmt: skip
+                signs = chosen if turn.back is None else chosen.gather(2, turn.back.expand_as(chosen))
             pack_signs[(triton.cdiv(count, TOKENS), heads, batch)](
                 signs, out, tables.bits, tables.first, start, count, batch * count, padded, *out.stride()[:2],
                 TOKENS=TOKENS, BYTES=8, num_warps=4, num_stages=2,
@@ -97,18 +124,30 @@ def held_bytes(book: SignBook) -> int:
 
 
 def _encoder_tables(book: SignBook) -> EncoderTables:
-    rows = book.padded()
-    padded = -(-rows.shape[1] // DEPTH) * DEPTH
-    rows = torch.nn.functional.pad(rows, (0, 0, 0, padded - rows.shape[1]))
-    dual = rows if book.metric is None else rows @ book.metric.float()
-    gram = dual @ rows.transpose(1, 2)
+    dual, gram = gram_of(book)
+    more = -dual.shape[1] % DEPTH
+    dual, gram = (torch.nn.functional.pad(t, pad) for t, pad in ((dual, (0, 0, 0, more)), (gram, (0, more, 0, more))))
     scale = gram.abs().amax((1, 2)).clamp_min(torch.finfo(torch.float32).tiny) / 1024  # away from subnormal float16
+    coupled = [_arrangement(gram, scale, order) for order in orders_of(book, COUPLED_ORDERS)]
+    lengths = torch.tensor(book.layout.bits, dtype=torch.int32)
+    first = (lengths.cumsum(0) - lengths).div(8, rounding_mode="floor").to(torch.int32)
+    return EncoderTables(
+        dual.contiguous(), scale, lengths.to(dual.device), first.to(dual.device),
+        [_arrangement(gram, scale, None, PLAIN_PASSES), *coupled * COUPLED_TIMES],
+    )  # fmt: skip
+
+
+def _arrangement(gram: torch.Tensor, scale: torch.Tensor, order: torch.Tensor | None, passes: int = 1) -> Arrangement:
+    """gram: float32 (heads, padded, padded). order: (heads, n) or None."""
+    back = None
+    if order is not None:
+        rest = torch.arange(order.shape[1], gram.shape[1], device=order.device).expand(len(order), -1)
+        order = torch.cat([order, rest], 1)
+        gram = gram.gather(1, order[..., None].expand_as(gram)).gather(2, order[:, None].expand_as(gram))
+        order, back = order[:, None], order.argsort(1)[:, None]
     scaled = gram / scale[:, None, None]
     high = scaled.half()
     low = (scaled - high.float()).half()
     blocks = gram.unflatten(2, (-1, BLOCK)).unflatten(1, (-1, BLOCK))  # (heads, block, row, block, column)
     inner = blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).contiguous()
-    lengths = torch.tensor(book.layout.bits, dtype=torch.int32)
-    first = (lengths.cumsum(0) - lengths).div(8, rounding_mode="floor").to(torch.int32)
-    device = rows.device
-    return EncoderTables(dual.contiguous(), high, low, scale, inner, lengths.to(device), first.to(device))
+    return Arrangement(passes, order, back, high, low, inner)

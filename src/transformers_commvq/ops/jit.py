@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
@@ -98,22 +98,27 @@ def _candidates():
     return sign_table(torch.float32, "cpu")[:16, :4].T.contiguous().numpy()
 
 
-def pack_signs_jit(correlation: torch.Tensor, gram: torch.Tensor, sweeps: int, layout: CodeLayout) -> torch.Tensor:
-    """Choose signs as ops.encode.choose_signs does with groups of 4, and pack them.
+def pack_signs_jit(
+    correlation: torch.Tensor, gram: torch.Tensor, orders: Sequence[torch.Tensor | None], layout: CodeLayout
+) -> torch.Tensor:
+    """Choose signs as ops.encode.choose_signs does, and pack them.
 
-    correlation: (heads, batch, tokens, n) float32, overwritten; gram: (heads, n, n). Both on the CPU.
+    correlation: (heads, batch, tokens, n) float32, overwritten; gram: (heads, n, n); orders: of each pass, int64
+    (heads, n) or None. All on the CPU.
     Returns uint8 (batch, tokens, bytes).
     """
     from . import jit_encode
 
-    heads, batch, tokens, _ = correlation.shape
+    heads, batch, tokens, n = correlation.shape
     out = torch.empty(batch, tokens, layout.total_bytes, dtype=torch.uint8)
     first, bits = first_and_bits(layout)
     codes, row = storage(out)
+    own = torch.arange(n).expand(heads, n)
+    rows = torch.stack([own if order is None else order for order in orders]).numpy()
     gram = gram.contiguous().numpy()
-    bonus = jit_encode.pattern_costs(gram, _candidates(), bits)
+    bonus = jit_encode.pattern_costs(gram, _candidates(), rows, bits)
     run(
         jit_encode.choose_and_pack, heads * batch * -(-tokens // jit_encode.LANES), correlation.contiguous().numpy(),
-        gram, bonus, sweeps, first, bits, codes, row, layout.total_bytes,
+        gram, bonus, rows, first, bits, codes, row, layout.total_bytes,
     )  # fmt: skip
     return out

@@ -142,54 +142,6 @@ def add_to_memory(typingctx, sums, array, at):
 
 
 @intrinsic(prefer_literal=True)
-def load_floats(typingctx, count, array, at):
-    """``count`` vectors of WIDTH float32 from array[at]. count: a compile-time constant."""
-    if not isinstance(count, types.IntegerLiteral):
-        return None
-    out = Lanes(count.literal_value, WIDTH, "f4")
-
-    def build(context, builder, signature, args):
-        _, kind, at_kind = signature.args
-        pointer = _address(context, builder, kind, args[1], context.cast(builder, args[2], at_kind, types.intp))
-        total = ir.Constant(out.llvm, ir.Undefined)
-        for v in range(out.count):
-            total = builder.insert_value(total, _load(builder, pointer, _F32, WIDTH, v * WIDTH, 4), v)
-        return total
-
-    return out(count, array, at), build
-
-
-@intrinsic(prefer_literal=True)
-def subtract_products(typingctx, array, at, rows, columns, factors, place, stride):
-    """array[at : at + columns * WIDTH] -= sum_i factors[place + i * stride] * rows[i * columns : (i + 1) * columns].
-
-    rows: vectors, ``columns`` of them a row; columns: a compile-time constant. array, factors: float32.
-    """
-    if not isinstance(columns, types.IntegerLiteral):
-        return None
-    wide = columns.literal_value
-
-    def build(context, builder, signature, args):
-        kinds = signature.args
-        pointer = _address(context, builder, kinds[0], args[0], context.cast(builder, args[1], kinds[1], types.intp))
-        index = context.cast(builder, args[5], kinds[5], types.intp)
-        step = context.cast(builder, args[6], kinds[6], types.intp)
-        data = context.make_array(kinds[4])(context, builder, args[4]).data
-        totals = [_load(builder, pointer, _F32, WIDTH, v * WIDTH, 4) for v in range(wide)]
-        for i in range(kinds[2].count // wide):
-            factor = builder.fneg(builder.load(builder.gep(data, [index]), typ=_F32))
-            factor = _splat(builder, factor, WIDTH)
-            for v in range(wide):
-                totals[v] = _multiply_add(builder, factor, builder.extract_value(args[2], i * wide + v), totals[v])
-            index = builder.add(index, step)
-        for v in range(wide):
-            _store(builder, totals[v], pointer, v * WIDTH, 4)
-        return context.get_dummy_value()
-
-    return types.void(array, at, rows, columns, factors, place, stride), build
-
-
-@intrinsic(prefer_literal=True)
 def load_shorts(typingctx, count, array, at):
     """``count`` vectors of 2 * WIDTH int16 from array[at]. count: a compile-time constant."""
     if not isinstance(count, types.IntegerLiteral):
@@ -314,6 +266,5 @@ def exp2_minus(typingctx, array, at, shift):
 
 __all__ = [
     "WIDTH", "Lanes", "add_shorts", "add_to_memory", "add_weighted", "exp2_minus", "load_shorts", "rotated_products",
-    "subtract_products",
     "zero_rows",
 ]  # fmt: skip

@@ -1,7 +1,8 @@
 """The encoder's kernels: coordinate descent on groups of four signs, sixteen signs of a tile of tokens at a time.
 
-What ops.encode.choose_signs computes, reordered: instead of pushing every change into the correlations of all signs, a
-block's correlations are made when its turn comes, from the signs as they then are (zero while undecided):
+Passes of ops.encode.choose_signs in one order of rows, computed another way: instead of pushing every change into the
+correlations of all signs, a block's correlations are made when its turn comes, from the signs as they then are (zero
+while undecided):
 
     correlation of block = correlation with the target - signs gram[:, block]
 
@@ -24,15 +25,15 @@ def _column(tile, index, AT: tl.constexpr):
     return tl.sum(tl.sum(tl.where(marked, tile, 0.0), 2), 1)
 
 
-@triton.jit(do_not_specialize=["tokens", "padded", "sweeps"])
+@triton.jit(do_not_specialize=["tokens", "padded", "passes"])
 def improve_signs(
-    target_ptr, signs_ptr, gram_high_ptr, gram_low_ptr, inner_ptr, scale_ptr, bits_ptr, tokens, padded, sweeps,
+    target_ptr, signs_ptr, gram_high_ptr, gram_low_ptr, inner_ptr, scale_ptr, bits_ptr, tokens, padded, passes,
     TOKENS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """A greedy pass and ``sweeps`` of coordinate descent over the signs of a tile of tokens of one head.
+    """``passes`` of coordinate descent over the signs of a tile of tokens of one head; from zeros, the first is greedy.
 
     Grid (tiles, heads). target: float32 (heads, tokens, padded), correlations of C's rows with the vectors.
-    signs: int8 (heads, tokens, padded), zeros on entry. gram_high, gram_low: float16 (heads, padded, padded),
+    signs: int8 (heads, tokens, padded), changed. gram_high, gram_low: float16 (heads, padded, padded),
     gram = (high + low) scale. inner: float32 (heads, padded / 16, 16, 16), the blocks on gram's diagonal.
     scale: float32 (heads,). bits: int32 (heads,). padded: a multiple of DEPTH.
     """
@@ -45,7 +46,7 @@ def improve_signs(
     square = head * padded * padded
     sixteen = tl.arange(0, 16)
     deep = tl.arange(0, DEPTH)
-    for _ in range(sweeps + 1):
+    for _ in range(passes):
         for block in range(0, bits, 16):
             column = block + sixteen
             change = tl.zeros((TOKENS, 16), tl.float32)
